@@ -1,0 +1,402 @@
+//! A comparison as text: 120 columns at most, readable without colour.
+
+use std::fmt::Write;
+
+use comfy_table::{
+    Cell, CellAlignment, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle,
+};
+
+use crate::record::{
+    CollectiveCount, Comparison, Difference, Measured, Outcome, Row, bytes, label, scientific,
+};
+
+/// The widest line.
+const COLUMNS: u16 = 120;
+
+/// Lines above and below the header and at the end, and space between columns.
+const STYLE: TableStyle = TableStyle::new()
+    .top_border(LineStyle::new('─', '─', '─', '─'))
+    .header_lines(ContentLineStyle::none())
+    .header_separator(LineStyle::new('─', '─', '─', '─'))
+    .content_lines(ContentLineStyle::none())
+    .bottom_border(LineStyle::new('─', '─', '─', '─'));
+
+/// The tables of a comparison (equality, then cost), with their footnotes; ends with a line break.
+/// Without the finding, which is the caller's last line.
+pub fn render(comparison: &Comparison) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{}\n", heading(comparison));
+    let _ = writeln!(
+        text,
+        "Equality with serial on one rank: max |Δ|, and beside it relative to max(max |serial|, 1e-3); allowed {}",
+        scientific(comparison.scenario.tolerance)
+    );
+    let _ = writeln!(text, "{}\n", equality_table(comparison).trim_fmt());
+    let _ = writeln!(
+        text,
+        "Cost of one {} pass",
+        comparison.scenario.passes.label()
+    );
+    let _ = writeln!(text, "{}", cost_table(comparison).trim_fmt());
+    for note in footnotes(comparison) {
+        let _ = writeln!(text, "{note}");
+    }
+    text
+}
+
+/// What was compared and where, in two lines.
+fn heading(comparison: &Comparison) -> String {
+    let scenario = &comparison.scenario;
+    let model = &scenario.model;
+    let machine = &comparison.machine;
+    let cores = if machine.cores == 1 { "core" } else { "cores" };
+    let memory = machine
+        .memory_bytes
+        .map_or(String::new(), |m| format!(", {}", bytes(m)));
+    wrap(&format!(
+        "{}: STDiT-3, {} spatial/temporal {}, hidden {}, {} heads; batch {}, T {} × S {} tokens, {}, {}",
+        scenario.name,
+        model.depth,
+        if model.depth == 1 { "pair" } else { "pairs" },
+        model.hidden,
+        model.heads,
+        scenario.batch,
+        scenario.temporal_tokens(),
+        scenario.spatial_tokens(),
+        scenario.dtype.label(),
+        scenario.passes.label()
+    )) + "\n"
+        + &wrap(&format!(
+            "{} {cores}{memory}, {}, backend {}",
+            machine.cores,
+            machine.cpu.as_deref().unwrap_or("processor unknown"),
+            comparison.backend
+        ))
+}
+
+fn equality_table(comparison: &Comparison) -> Table {
+    let mut table = empty([
+        "strategy",
+        "ranks",
+        "output",
+        "input gradient",
+        "parameter gradients",
+        "",
+    ]);
+    align_right(&mut table, &[1, 2, 3, 4]);
+    for row in &comparison.rows {
+        let (equality, verdict) = match &row.outcome {
+            Outcome::Timed(measured) => (&measured.equality, "equal"),
+            Outcome::Unequal { equality } => (equality, "NOT EQUAL, not timed"),
+            Outcome::Refused { .. } | Outcome::Error { .. } => continue,
+        };
+        let mut cells = named(row);
+        cells.push(Cell::new(difference(Some(&equality.output))));
+        cells.push(Cell::new(difference(equality.input_gradient.as_ref())));
+        cells.push(Cell::new(difference(equality.parameter_gradients.as_ref())));
+        cells.push(Cell::new(verdict));
+        table.add_row(cells);
+    }
+    table
+}
+
+fn cost_table(comparison: &Comparison) -> Table {
+    let unit = Unit::of(comparison);
+    let mut table = empty([
+        "strategy".to_owned(),
+        "ranks".to_owned(),
+        format!("time,\n{}", unit.name()),
+        "\nmin–max".to_owned(),
+        "of it\ncompute".to_owned(),
+        "\ncomm.".to_owned(),
+        "\nwaiting".to_owned(),
+        "sent by\na rank".to_owned(),
+        "equals\nformula".to_owned(),
+        "peak\nmemory".to_owned(),
+        "collectives".to_owned(),
+    ]);
+    align_right(&mut table, &[1, 2, 3, 4, 5, 6, 7, 9]);
+    for row in &comparison.rows {
+        let mut cells = named(row);
+        match &row.outcome {
+            Outcome::Timed(measured) => cells.extend(cost(row, measured, unit)),
+            Outcome::Unequal { .. } => cells.extend(no_cost("NOT EQUAL")),
+            Outcome::Refused { .. } => cells.extend(no_cost("refused")),
+            Outcome::Error { .. } => cells.extend(no_cost("FAILED")),
+        }
+        table.add_row(cells);
+    }
+    table
+}
+
+fn cost(row: &Row, measured: &Measured, unit: Unit) -> Vec<Cell> {
+    let time = &measured.time;
+    let mean = time.mean();
+    let shared = if row.oversubscribed { "*" } else { "" };
+    let equal = measured.traffic.equals_formula();
+    [
+        unit.show(time.median_seconds) + shared,
+        format!(
+            "{}–{}",
+            unit.show(time.min_seconds),
+            unit.show(time.max_seconds)
+        ),
+        unit.show(mean.compute_seconds),
+        unit.show(mean.communication_seconds),
+        unit.show(mean.waiting_seconds),
+        bytes(measured.traffic.busiest_rank_bytes()),
+        if equal { "yes" } else { "NO" }.to_owned(),
+        bytes(measured.memory.peak_bytes),
+        collectives(&measured.traffic.collectives),
+    ]
+    .map(Cell::new_owned)
+    .to_vec()
+}
+
+/// A row without numbers says why in the last column, which has the room.
+fn no_cost(why: &str) -> Vec<Cell> {
+    let mut cells = vec![Cell::new("–"); 8];
+    cells.push(Cell::new(why));
+    cells
+}
+
+/// One unit for all times of a table, so that they can be compared at a glance.
+#[derive(Debug, Clone, Copy)]
+enum Unit {
+    Seconds,
+    Milliseconds,
+}
+
+impl Unit {
+    fn of(comparison: &Comparison) -> Self {
+        let slow = comparison
+            .timed()
+            .any(|(_, measured)| measured.time.median_seconds >= 1.0);
+        if slow {
+            Self::Seconds
+        } else {
+            Self::Milliseconds
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Seconds => "s",
+            Self::Milliseconds => "ms",
+        }
+    }
+
+    fn show(self, seconds: f64) -> String {
+        match self {
+            Self::Seconds => format!("{seconds:.2}"),
+            Self::Milliseconds => format!("{:.1}", seconds * 1e3),
+        }
+    }
+}
+
+fn footnotes(comparison: &Comparison) -> Vec<String> {
+    let mut notes = vec![
+        "Time: wall clock, the median run; compute, communication and waiting are means of its ranks. \
+         Sent: activations and their gradients, by the rank that sends most; the sum of the \
+         parameters' gradients over the ranks, alike wherever they are replicated, stands in the \
+         report. Memory: all ranks together, as Rust code allocates it."
+            .to_owned(),
+    ];
+    if comparison.rows.iter().any(|row| row.oversubscribed) {
+        let cores = comparison.machine.cores;
+        notes.push(format!(
+            "* More ranks than cores ({cores}): the ranks share them, and such times are not speed-ups."
+        ));
+    }
+    for row in &comparison.rows {
+        let note = match &row.outcome {
+            Outcome::Refused { reason } => format!("{} refused: {reason}", row.case()),
+            Outcome::Error { message } => format!("{} FAILED: {message}", row.case()),
+            Outcome::Unequal { equality } => {
+                let worst: Vec<String> = equality
+                    .parts()
+                    .filter(|(_, d)| d.relative.is_nan() || d.relative > equality.tolerance)
+                    .map(|(part, d)| {
+                        format!("{part} by {} in {}", scientific(d.relative), d.tensor)
+                    })
+                    .collect();
+                format!(
+                    "{} is NOT equal to serial: {}",
+                    row.case(),
+                    worst.join(", ")
+                )
+            }
+            Outcome::Timed(measured) if !measured.traffic.equals_formula() => {
+                let ranks: Vec<String> = measured
+                    .traffic
+                    .per_rank
+                    .iter()
+                    .enumerate()
+                    .flat_map(|(rank, sent)| {
+                        [
+                            ("forward", sent.forward),
+                            ("backward", sent.backward),
+                            ("parameters", sent.parameters),
+                        ]
+                        .map(|(pass, sent)| (rank, pass, sent))
+                    })
+                    .filter(|(_, _, sent)| sent.measured_bytes != sent.formula_bytes)
+                    .map(|(rank, pass, sent)| {
+                        format!(
+                            "rank {rank} {pass} {} bytes, formula {}",
+                            sent.measured_bytes, sent.formula_bytes
+                        )
+                    })
+                    .collect();
+                format!(
+                    "{}: bytes differ from the formula: {}",
+                    row.case(),
+                    ranks.join("; ")
+                )
+            }
+            Outcome::Timed(_) => continue,
+        };
+        notes.push(note);
+    }
+    notes.iter().map(|note| wrap(note)).collect()
+}
+
+/// `4 all-to-all, 1 all-reduce`, forward and backward together; `none`.
+fn collectives(counts: &[CollectiveCount]) -> String {
+    if counts.is_empty() {
+        return "none".to_owned();
+    }
+    let each: Vec<String> = counts
+        .iter()
+        .map(|count| format!("{} {}", count.forward + count.backward, count.kind))
+        .collect();
+    each.join(", ")
+}
+
+fn difference(difference: Option<&Difference>) -> String {
+    difference.map_or("–".to_owned(), |d| {
+        format!("{} ({})", scientific(d.max_abs), scientific(d.relative))
+    })
+}
+
+fn empty<const N: usize>(header: [impl Into<Cell>; N]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(STYLE)
+        .force_no_tty()
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(COLUMNS)
+        .set_header(header);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 1));
+    }
+    table
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for &column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+fn named(row: &Row) -> Vec<Cell> {
+    vec![Cell::new(label(&row.strategy)), Cell::new(row.ranks)]
+}
+
+/// Breaks at spaces after at most [`COLUMNS`] characters; later lines are indented.
+fn wrap(text: &str) -> String {
+    let mut wrapped = String::new();
+    let mut column = 0;
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if column > 0 && column + 1 + length > usize::from(COLUMNS) {
+            wrapped.push_str("\n  ");
+            column = 2;
+        } else if column > 0 {
+            wrapped.push(' ');
+            column += 1;
+        }
+        wrapped.push_str(word);
+        column += length;
+    }
+    wrapped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::sample;
+
+    fn everything() -> Comparison {
+        let mut comparison = sample::comparison(2);
+        comparison.push(
+            "ring",
+            2,
+            Outcome::Unequal {
+                equality: sample::equality(0.5),
+            },
+        );
+        comparison.push(
+            "usp",
+            3,
+            Outcome::Refused {
+                reason: "3 ranks are no mesh of 2×2; choose 4, or write a mesh of 3×1 ".repeat(3),
+            },
+        );
+        comparison.push(
+            "lss",
+            4,
+            Outcome::Error {
+                message: "rank 1 panicked".into(),
+            },
+        );
+        comparison
+    }
+
+    #[test]
+    fn no_line_is_wider_than_120_columns() {
+        let text = render(&everything());
+        for line in text.lines() {
+            assert!(line.chars().count() <= usize::from(COLUMNS), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_case_stands_there_with_its_numbers_or_its_reason() {
+        let text = render(&everything());
+        for expected in [
+            "5.11  4.96–5.31",
+            "5.43* ",
+            "18.9 MB",
+            "4 all-to-all, 1 all-reduce",
+            "NOT EQUAL, not timed",
+            "USP on 3 ranks refused: 3 ranks are no mesh",
+            "LSS on 4 ranks FAILED: rank 1 panicked",
+            "More ranks than cores (2): the ranks share them, and such times are not speed-ups.",
+            "hidden 1152, 16 heads",
+        ] {
+            assert!(text.contains(expected), "no {expected:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_count_that_differs_from_its_formula_is_told_to_the_byte() {
+        let mut comparison = sample::comparison(4);
+        let Outcome::Timed(measured) = &mut comparison.rows[3].outcome else {
+            panic!("timed");
+        };
+        measured.traffic.per_rank[1].backward.formula_bytes += 4;
+        let text = render(&comparison);
+        assert!(
+            text.contains("rank 1 backward 9437184 bytes, formula 9437188"),
+            "{text}"
+        );
+        assert!(
+            !text.contains("not speed-ups"),
+            "4 ranks have 4 cores\n{text}"
+        );
+    }
+}

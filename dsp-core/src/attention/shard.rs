@@ -1,0 +1,374 @@
+//! Attention on shards: which dims of an activation are attended over, and which ride along as samples.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::Tensor;
+
+use super::{HeadRange, Mask, Problem, softmax_attention};
+use crate::blocks::DIMS;
+use crate::error::Error;
+use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
+use crate::strategy::AttentionStage;
+
+/// The heads of an attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// Key-value heads: as many, or a divisor (grouped-query attention).
+    pub key_value: usize,
+    /// The dim of each.
+    pub dim: usize,
+}
+
+impl Heads {
+    /// As many key-value heads as query heads.
+    pub fn multi(heads: usize, dim: usize) -> Self {
+        Self {
+            query: heads,
+            key_value: heads,
+            dim,
+        }
+    }
+
+    /// How many query heads share a key-value head.
+    pub fn group(self) -> usize {
+        self.query / self.key_value
+    }
+}
+
+/// Whether an attention's logsumexp is wanted beside its output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Logsumexp {
+    /// It is, laid out as the queries; a strategy may have to send it for that.
+    Wanted,
+    /// It is not.
+    Unwanted,
+}
+
+/// What an attention returns.
+#[derive(Debug, Clone)]
+pub struct Attended {
+    /// `[B, s1, s2, s3, heads·d]`, laid out as the queries.
+    pub output: Shard,
+    /// `[B, s1, s2, s3, heads]`, untracked, if it was wanted.
+    pub logsumexp: Option<Shard>,
+}
+
+/// Which part of an attention is computed here.
+#[derive(Debug, Clone, Copy)]
+pub struct HeldAttention<'a> {
+    /// The axes over which it runs jointly.
+    pub axes: AxisSet,
+    /// The heads that are held, numbered over all ranks.
+    pub heads: &'a HeadRange,
+    /// Which keys a query sees.
+    pub mask: &'a Mask,
+    /// What the scores are multiplied with.
+    pub scale: f64,
+}
+
+/// Refuses queries, keys or values whose channels are not whole heads of the right dim, or not in the
+/// proportion that the stage declared.
+///
+/// # Errors
+/// [`Error::Shape`] with what was given and what fits.
+pub fn check_heads(qkv: &[Shard; 3], heads: Heads) -> Result<(), Error> {
+    let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
+    let [query, key, value] = channels;
+    let fits = query.is_multiple_of(heads.dim * heads.group())
+        && key * heads.group() == query
+        && value == key;
+    if fits {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        what: "the attention's query, key and value",
+        got: channels.to_vec(),
+        rule: format!(
+            "their channels must be heads of {} in the proportion {} : {} : {}",
+            heads.dim, heads.query, heads.key_value, heads.key_value
+        ),
+    })
+}
+
+/// A self-attention within what this rank holds: exact if the keys' attended axes are whole.
+///
+/// # Shapes
+/// - `qkv`: `[B, s1, s2, s3, heads·d]` each; how many heads is read from the shapes
+/// - returns: laid out as the query
+///
+/// # Errors
+/// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis.
+pub fn attend_local(
+    qkv: [Shard; 3],
+    attention: &AttentionStage,
+    logsumexp: Logsumexp,
+) -> Result<Attended, Error> {
+    let heads = qkv[0].tensor().dims()[4] / attention.heads.dim;
+    let held = HeadRange {
+        query: 0..heads,
+        group: attention.heads.group(),
+    };
+    let layout = qkv[0].layout().clone();
+    let rank = qkv[0].rank();
+    let (output, lse) = attend_held(
+        qkv,
+        HeldAttention {
+            axes: attention.axes,
+            heads: &held,
+            mask: &attention.mask,
+            scale: attention.scale,
+        },
+    )?;
+    let logsumexp = match logsumexp {
+        Logsumexp::Wanted => Some(Shard::new(lse, layout.clone(), rank)?),
+        Logsumexp::Unwanted => None,
+    };
+    Ok(Attended {
+        output: Shard::new(output, layout, rank)?,
+        logsumexp,
+    })
+}
+
+/// The attention of some heads, given all the keys that their queries see.
+///
+/// # Shapes
+/// - `qkv`: `[B, s1, s2, s3, heads·d]` each, of the held heads
+/// - returns: the output in the query's shape, and the logsumexp `[B, s1, s2, s3, heads]`, untracked
+///
+/// # Errors
+/// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis, [`Error::Shape`] if queries and
+/// keys differ along an axis that is not attended.
+pub fn attend_held(
+    qkv: [Shard; 3],
+    held: HeldAttention<'_>,
+) -> Result<(Tensor<DIMS>, Tensor<DIMS>), Error> {
+    let [query, key, value] = qkv;
+    for axis in SeqAxis::ALL {
+        if held.axes.contains(axis) {
+            if key.layout().is_split(axis) {
+                return Err(Error::AttendsSplitAxis { axis });
+            }
+        } else if query.positions(axis) != key.positions(axis) {
+            return Err(Error::Shape {
+                what: "an attention's key",
+                got: key.tensor().dims().to_vec(),
+                rule: format!("queries and keys must hold the same positions of {axis}"),
+            });
+        }
+    }
+    let fold = Fold::new(&query, held.axes);
+    let key_fold = Fold::new(&key, held.axes);
+    let (queries, keys) = (held.heads.query.len(), held.heads.kv().len());
+    let problem = Problem {
+        heads: held.heads.clone(),
+        mask: fold.mask(held.mask),
+        query_positions: positions(query.layout(), held.axes, query.rank()),
+        key_positions: positions(key.layout(), held.axes, key.rank()),
+        scale: held.scale,
+    };
+    let (output, lse) = softmax_attention(
+        fold.fold(query.into_tensor(), queries),
+        key_fold.fold(key.into_tensor(), keys),
+        key_fold.fold(value.into_tensor(), keys),
+        problem,
+    );
+    let [samples, rows, heads] = lse.dims();
+    let lse = fold.unfold(lse.reshape([samples, rows, heads, 1]));
+    Ok((fold.unfold(output), lse))
+}
+
+/// Attention of an activation to keys and values that every rank holds: text conditioning. Nothing is sent;
+/// the gradients of `key` and `value` are this rank's terms of a sum over the ranks.
+///
+/// # Shapes
+/// - `query`: `[B, s1, s2, s3, heads·d]`
+/// - `key`, `value`: `[B, length, heads·d]`
+/// - `lengths`: per sample, how many of the keys count
+/// - returns: laid out as the query
+///
+/// # Errors
+/// [`Error::Shape`] if the shapes do not fit each other.
+pub fn cross_attention(
+    query: Shard,
+    key: Tensor<3>,
+    value: Tensor<3>,
+    heads: Heads,
+    lengths: Arc<[usize]>,
+) -> Result<Shard, Error> {
+    let [batch, s1, s2, s3, channels] = query.tensor().dims();
+    let [key_batch, length, key_channels] = key.dims();
+    let fits = key_batch == batch
+        && value.dims() == key.dims()
+        && lengths.len() == batch
+        && key_channels.is_multiple_of(heads.dim)
+        && channels == key_channels * heads.group();
+    if !fits {
+        return Err(Error::Shape {
+            what: "a cross-attention's key",
+            got: vec![key_batch, length, key_channels],
+            rule: format!(
+                "a query of {channels} channels in {batch} samples with {} lengths needs {} channels in heads of {}",
+                lengths.len(),
+                channels / heads.group(),
+                heads.dim
+            ),
+        });
+    }
+    let rows = s1 * s2 * s3;
+    let (queries, keys) = (channels / heads.dim, key_channels / heads.dim);
+    let mask = if lengths.iter().all(|&count| count >= length) {
+        Mask::Full
+    } else {
+        Mask::KeyLengths(lengths)
+    };
+    let problem = Problem {
+        heads: HeadRange {
+            query: 0..queries,
+            group: heads.group(),
+        },
+        mask,
+        query_positions: nonempty(0..rows),
+        key_positions: nonempty(0..length),
+        scale: (heads.dim as f64).powf(-0.5),
+    };
+    let key = key.reshape([batch, length, keys, heads.dim]);
+    let value = value.reshape([batch, length, keys, heads.dim]);
+    Ok(query.map(|query| {
+        let query = query.reshape([batch, rows, queries, heads.dim]);
+        let (output, _) = softmax_attention(query, key, value, problem);
+        output.reshape([batch, s1, s2, s3, channels])
+    })?)
+}
+
+/// `[B, s1, s2, s3, H·d]` seen as `[samples, rows, H, d]`: attended axes are rows, the others samples.
+struct Fold {
+    dims: [usize; DIMS],
+    /// Batch, the axes that are not attended, those that are, channels.
+    order: [usize; DIMS],
+    samples: usize,
+    rows: usize,
+}
+
+impl Fold {
+    fn new(x: &Shard, axes: AxisSet) -> Self {
+        let dims = x.tensor().dims();
+        let mut order = [0, 0, 0, 0, 4];
+        let (mut next, mut samples, mut rows) = (1, dims[0], 1);
+        for attended in [false, true] {
+            for axis in SeqAxis::ALL {
+                if axes.contains(axis) == attended {
+                    order[next] = axis.dim();
+                    next += 1;
+                    if attended {
+                        rows *= dims[axis.dim()];
+                    } else {
+                        samples *= dims[axis.dim()];
+                    }
+                }
+            }
+        }
+        Self {
+            dims,
+            order,
+            samples,
+            rows,
+        }
+    }
+
+    fn fold(&self, x: Tensor<DIMS>, heads: usize) -> Tensor<4> {
+        let channels = x.dims()[4];
+        let dim = channels.checked_div(heads).unwrap_or(0);
+        x.permute(self.order.map(|dim| dim as isize))
+            .reshape([self.samples, self.rows, heads, dim])
+    }
+
+    fn unfold(&self, x: Tensor<4>) -> Tensor<DIMS> {
+        let [_, _, heads, dim] = x.dims();
+        let mut shape = self.order.map(|dim| self.dims[dim]);
+        shape[4] = heads * dim;
+        let mut back = [0; DIMS];
+        for (place, &dim) in self.order.iter().enumerate() {
+            back[dim] = place as isize;
+        }
+        x.reshape(shape).permute(back)
+    }
+
+    /// The mask with one length for each folded sample.
+    fn mask(&self, mask: &Mask) -> Mask {
+        match mask {
+            Mask::KeyLengths(lengths) if self.dims[0] > 0 => {
+                let copies = self.samples / self.dims[0];
+                let lengths = lengths
+                    .iter()
+                    .flat_map(|&length| std::iter::repeat_n(length, copies));
+                Mask::KeyLengths(lengths.collect())
+            }
+            mask => mask.clone(),
+        }
+    }
+}
+
+fn nonempty(range: Range<usize>) -> Vec<Range<usize>> {
+    if range.is_empty() {
+        vec![]
+    } else {
+        vec![range]
+    }
+}
+
+/// The global positions of a rank's rows in the attended axes, row by row, the axes' last varying fastest.
+fn positions(layout: &Layout, axes: AxisSet, rank: usize) -> Vec<Range<usize>> {
+    let mut found: Vec<Range<usize>> = std::iter::once(0..1).collect();
+    for axis in axes.iter() {
+        let length = layout.length(axis);
+        let ranges = layout.ranges(axis, rank);
+        let outer = found.into_iter().flatten();
+        let mut next: Vec<Range<usize>> = Vec::new();
+        for position in outer {
+            for range in &ranges {
+                let (start, end) = (
+                    position * length + range.start,
+                    position * length + range.end,
+                );
+                match next.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => next.push(start..end),
+                }
+            }
+        }
+        found = next;
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partition::Partition;
+
+    #[test]
+    fn joint_positions_run_over_the_last_axis_fastest_and_skip_what_other_ranks_hold() {
+        let layout = Layout::split([2, 4, 1], SeqAxis::SECOND, 2);
+        let axes = AxisSet::of(&[SeqAxis::FIRST, SeqAxis::SECOND]);
+        assert_eq!(positions(&layout, axes, 0), [0..2, 4..6]);
+        assert_eq!(positions(&layout, axes, 1), [2..4, 6..8]);
+        let alone = AxisSet::of(&[SeqAxis::FIRST]);
+        assert_eq!(
+            positions(&layout, alone, 1),
+            std::iter::once(0..2).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn a_zigzag_rank_has_the_positions_of_both_its_chunks() {
+        let partition = Partition::zigzag(10, 2);
+        let layout = Layout::whole([10, 1, 1])
+            .with_split(SeqAxis::FIRST, partition, crate::layout::MeshAxis::whole(2))
+            .unwrap();
+        let axes = AxisSet::of(&[SeqAxis::FIRST]);
+        assert_eq!(positions(&layout, axes, 0), [0..3, 8..10]);
+    }
+}

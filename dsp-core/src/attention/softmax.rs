@@ -1,0 +1,1274 @@
+//! Softmax attention in blocks of queries × keys, with plain Burn operations, on any backend.
+//!
+//! One block at a time: its scores are made, used and forgotten. What stays is of the size of the
+//! inputs: the output and the logsumexp forward, the three gradients backward.
+//!
+//! ```text
+//!              keys ──►                  All    no mask
+//!            ┌─────┬─────┬─────┐         Some   a mask is made for the block
+//!    queries │ Some│ None│ None│         None   no work
+//!       │    ├─────┼─────┼─────┤
+//!       ▼    │ All │ Some│ None│         for each tile of samples × kv heads,
+//!            ├─────┼─────┼─────┤         which bounds a block's scores in bytes
+//!            │ All │ All │ Some│
+//!            └─────┴─────┴─────┘
+//! ```
+//!
+//! The query heads that share a kv head are laid out as rows of one matrix, so that keys and
+//! values are never repeated, and their gradients are summed by the matrix product itself.
+//!
+//! Hidden scores are a large negative *finite* number, so that no ∞ − ∞ can arise: the weights of
+//! hidden keys are exactly zero because `exp` of it is.
+
+use std::convert::Infallible;
+use std::ops::Range;
+
+use burn::tensor::{Bool, DType, Device, Tensor, TensorData, s};
+
+use super::{Mask, Visibility};
+use crate::vjp;
+
+/// The query heads that a rank holds, and how many of them share a kv head.
+///
+/// Query head `h` attends with kv head `h / group`. The keys and values held beside them are of
+/// the kv heads `query.start / group .. ⌈query.end / group⌉`, in order: a kv head whose queries
+/// are cut between ranks is held by both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeadRange {
+    /// The query heads held here, numbered over all ranks.
+    pub query: Range<usize>,
+    /// Query heads per kv head; 1 for multi-head attention.
+    pub group: usize,
+}
+
+impl HeadRange {
+    /// The kv heads that the query heads attend with, numbered over all ranks.
+    ///
+    /// # Panics
+    /// If `group` is zero.
+    pub fn kv(&self) -> Range<usize> {
+        assert!(
+            self.group > 0,
+            "attention: a group holds at least one query head"
+        );
+        if self.query.is_empty() {
+            return 0..0;
+        }
+        self.query.start / self.group..self.query.end.div_ceil(self.group)
+    }
+
+    /// The heads held here in runs of whole kv heads with equally many queries each: at most three,
+    /// as only the first and the last kv head can be cut.
+    fn segments(&self) -> Vec<Segment> {
+        let kv_start = self.kv().start;
+        let mut segments = Vec::new();
+        let mut head = self.query.start;
+        while head < self.query.end {
+            let kv = head / self.group;
+            let whole = (self.query.end - head) / self.group;
+            let (kv_heads, group) = if head.is_multiple_of(self.group) && whole > 0 {
+                (whole, self.group)
+            } else {
+                (1, self.query.end.min((kv + 1) * self.group) - head)
+            };
+            segments.push(Segment {
+                query_start: head - self.query.start,
+                kv: kv - kv_start..kv - kv_start + kv_heads,
+                group,
+            });
+            head += kv_heads * group;
+        }
+        segments
+    }
+}
+
+/// Kv heads with equally many query heads each; all numbers are local.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Segment {
+    query_start: usize,
+    kv: Range<usize>,
+    group: usize,
+}
+
+/// What to attend to: everything but the tensors.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Problem {
+    /// The heads held here.
+    pub heads: HeadRange,
+    /// Which keys a query sees.
+    pub mask: Mask,
+    /// The global positions of the local queries, row by row: ranges in the order of the rows.
+    pub query_positions: Vec<Range<usize>>,
+    /// The global positions of the local keys, row by row: ranges in the order of the rows.
+    pub key_positions: Vec<Range<usize>>,
+    /// What the products of queries and keys are multiplied with; commonly `1/√d`.
+    pub scale: f64,
+}
+
+/// Attends: the output, and the logsumexp (natural logarithm) of each query's scores.
+///
+/// The tensors are untracked; see [`softmax_attention`] for a gradient. They share one floating
+/// dtype, in which everything is computed.
+///
+/// # Shapes
+/// - `q`: `[B, Lq, Hq, d]`, `k`: `[B, Lk, Hkv, d]`, `v`: `[B, Lk, Hkv, dv]`; any of them may be
+///   empty
+/// - returns: `[B, Lq, Hq, dv]` and `[B, Lq, Hq]`; `(0, −∞)` for a query that sees no key
+///
+/// # Cost
+/// `2·B·Hq·(d + dv)` operations per visible pair of query and key. Memory: the results, and a
+/// constant for one block's scores.
+///
+/// # Panics
+/// If a shape contradicts another, or the problem.
+pub fn forward(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    problem: &Problem,
+) -> (Tensor<4>, Tensor<3>) {
+    forward_in(Blocks::DEFAULT, q, k, v, problem)
+}
+
+/// The gradients of `q`, `k` and `v`, recomputing the weights block by block from the logsumexp.
+///
+/// With `out` and `lse` merged over several sets of keys, and `k` and `v` one of those sets, the
+/// results are that set's `dk` and `dv` and its part of `dq`.
+///
+/// # Shapes
+/// - `q`, `k`, `v`: as in [`forward`]; `out`, `lse`: what it returned, or a [`merge`] of that
+/// - `dout`: `[B, Lq, Hq, dv]`
+/// - returns: `(dq, dk, dv)`, in the shapes of `q`, `k`, `v`; zero where nothing is visible
+///
+/// # Cost
+/// 2.5 times the forward's operations. Memory: the results, a scaled copy of `q`, two numbers per
+/// query, and a constant for one block's scores.
+///
+/// # Panics
+/// If a shape contradicts another, or the problem.
+pub fn backward(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    out: Tensor<4>,
+    lse: Tensor<3>,
+    dout: Tensor<4>,
+    problem: &Problem,
+) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    backward_in(Blocks::DEFAULT, q, k, v, out, lse, dout, problem)
+}
+
+/// Attends with a gradient: [`forward`], attached to the graphs of `q`, `k`, `v` with [`backward`].
+///
+/// The graph keeps `q`, `k`, `v`, the output and the logsumexp.
+///
+/// # Shapes
+/// As [`forward`].
+///
+/// # Gradient
+/// Through the output. The logsumexp is returned as a constant.
+///
+/// # Panics
+/// As [`forward`].
+pub fn softmax_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    problem: Problem,
+) -> (Tensor<4>, Tensor<3>) {
+    softmax_attention_in(Blocks::DEFAULT, q, k, v, problem)
+}
+
+/// The result over two disjoint sets of keys from the result over each.
+///
+/// `out ← out − σ(lse' − lse)(out − out')`, `lse ← lse − log σ(lse − lse')`: no exponential of a
+/// logsumexp is ever taken, so that nothing overflows. Where one side saw no key (`lse` is −∞ and
+/// `out` is 0) the result is the other side; where neither did, `(0, −∞)`.
+///
+/// # Shapes
+/// - outputs: `[B, Lq, Hq, dv]`, logsumexps: `[B, Lq, Hq]`
+pub fn merge(a: (Tensor<4>, Tensor<3>), b: (Tensor<4>, Tensor<3>)) -> (Tensor<4>, Tensor<3>) {
+    let (out, lse) = merge_rows((a.0, a.1.unsqueeze_dim(3)), (b.0, b.1.unsqueeze_dim(3)));
+    (out, lse.squeeze_dim(3))
+}
+
+/// The sizes of a block. Results depend on them by rounding only.
+#[derive(Debug, Clone, Copy)]
+struct Blocks {
+    /// Queries in a block.
+    query: usize,
+    /// Keys in a block.
+    key: usize,
+    /// What the scores of a block may take, over all its samples and heads.
+    scores_bytes: usize,
+}
+
+impl Blocks {
+    /// One block of keys covers common short axes (a frame's patches, a clip's frames), which then
+    /// need no merge. The scores of a block and their few temporaries stay in a CPU's cache.
+    const DEFAULT: Self = Self {
+        query: 256,
+        key: 512,
+        scores_bytes: 4 << 20,
+    };
+}
+
+fn softmax_attention_in(
+    blocks: Blocks,
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    problem: Problem,
+) -> (Tensor<4>, Tensor<3>) {
+    let inputs = [q, k, v];
+    let [q, k, v] = inputs.clone().map(Tensor::inner);
+    let (out, lse) = forward_in(blocks, q.clone(), k.clone(), v.clone(), &problem);
+    let constant_lse = match inputs.iter().find(|input| input.is_autodiff()) {
+        Some(input) => vjp::constant_like(lse.clone(), input),
+        None => lse.clone(),
+    };
+    let kept = out.clone();
+    let out = vjp::attach3(inputs, out, move |dout| {
+        let (q, k, v) = (q.clone(), k.clone(), v.clone());
+        let (out, lse) = (kept.clone(), lse.clone());
+        let (dq, dk, dv) = backward_in(blocks, q, k, v, out, lse, dout, &problem);
+        Ok::<_, Infallible>([dq, dk, dv])
+    });
+    (out, constant_lse)
+}
+
+fn forward_in(
+    blocks: Blocks,
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    problem: &Problem,
+) -> (Tensor<4>, Tensor<3>) {
+    let sizes = Sizes::of(&q, &k, &v, problem);
+    let (device, dtype) = (q.device(), q.dtype());
+    let [batch, queries, heads, _] = sizes.q;
+    let mut out = Tensor::zeros([batch, queries, heads, sizes.v[3]], (&device, dtype));
+    let mut lse = Tensor::full(
+        [batch, queries, heads, 1],
+        f64::NEG_INFINITY,
+        (&device, dtype),
+    );
+    for tile in tiles(blocks, &sizes, problem, dtype) {
+        for rows in ranges(queries, tile.query_block) {
+            let query_positions = positions_of(&problem.query_positions, rows.clone());
+            let q = tile.queries(&q, &rows).mul_scalar(problem.scale);
+            let mut seen: Option<(Tensor<4>, Tensor<4>)> = None;
+            for keys in ranges(sizes.k[1], blocks.key) {
+                let block = Block {
+                    tile: &tile,
+                    mask: &problem.mask,
+                    queries: &query_positions,
+                    keys: &positions_of(&problem.key_positions, keys.clone()),
+                };
+                let visibility = block.visibility();
+                if visibility == Visibility::None {
+                    continue;
+                }
+                let scores = block.scores(visibility, &q, tile.keys(&k, &keys));
+                let part = attend(scores, tile.keys(&v, &keys));
+                seen = Some(match seen {
+                    Some(before) => merge_rows(before, part),
+                    None => part,
+                });
+            }
+            if let Some((block_out, block_lse)) = seen {
+                out = tile.assign_queries(out, &rows, block_out);
+                lse = tile.assign_queries(lse, &rows, block_lse);
+            }
+        }
+    }
+    (out, lse.squeeze_dim(3))
+}
+
+#[expect(clippy::too_many_arguments, reason = "the names of the formula")]
+fn backward_in(
+    blocks: Blocks,
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    out: Tensor<4>,
+    lse: Tensor<3>,
+    dout: Tensor<4>,
+    problem: &Problem,
+) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    let sizes = Sizes::of(&q, &k, &v, problem);
+    sizes.check_results(&out, &lse, &dout);
+    let (device, dtype) = (q.device(), q.dtype());
+    let mut dq = Tensor::zeros(sizes.q, (&device, dtype));
+    let mut dk = Tensor::zeros(sizes.k, (&device, dtype));
+    let mut dv = Tensor::zeros(sizes.v, (&device, dtype));
+    if dq.shape().num_elements() == 0 || dk.shape().num_elements() == 0 {
+        return (dq, dk, dv);
+    }
+    // dout · out, which is Σ_j p_ij (dout_i · v_j): the softmax's own derivative.
+    let delta: Tensor<4> = (dout.clone() * out).sum_dim(3);
+    let lse = finite_lse(lse).unsqueeze_dim::<4>(3);
+    for tile in tiles(blocks, &sizes, problem, dtype) {
+        let mut query_blocks: Vec<QueryBlock> = ranges(sizes.q[1], tile.query_block)
+            .map(|rows| QueryBlock {
+                positions: positions_of(&problem.query_positions, rows.clone()),
+                q: tile.queries(&q, &rows).mul_scalar(problem.scale),
+                dout: tile.queries(&dout, &rows),
+                lse: tile.queries(&lse, &rows),
+                delta: tile.queries(&delta, &rows),
+                dq: None,
+                rows,
+            })
+            .collect();
+        for keys in ranges(sizes.k[1], blocks.key) {
+            let key_positions = positions_of(&problem.key_positions, keys.clone());
+            let (block_k, block_v) = (tile.keys(&k, &keys), tile.keys(&v, &keys));
+            let (mut block_dk, mut block_dv) = (None, None);
+            for queries in &mut query_blocks {
+                let block = Block {
+                    tile: &tile,
+                    mask: &problem.mask,
+                    queries: &queries.positions,
+                    keys: &key_positions,
+                };
+                let visibility = block.visibility();
+                if visibility == Visibility::None {
+                    continue;
+                }
+                let scores = block.scores(visibility, &queries.q, block_k.clone());
+                let weights = (scores - queries.lse.clone()).exp();
+                let dout = queries.dout.clone();
+                add(
+                    &mut block_dv,
+                    weights.clone().swap_dims(2, 3).matmul(dout.clone()),
+                );
+                let dweights = dout.matmul(block_v.clone().swap_dims(2, 3));
+                let dscores = weights * (dweights - queries.delta.clone());
+                // `q` carries the scale already.
+                add(
+                    &mut block_dk,
+                    dscores.clone().swap_dims(2, 3).matmul(queries.q.clone()),
+                );
+                add(&mut queries.dq, dscores.matmul(block_k.clone()));
+            }
+            if let (Some(block_dk), Some(block_dv)) = (block_dk, block_dv) {
+                dk = tile.assign_keys(dk, &keys, block_dk);
+                dv = tile.assign_keys(dv, &keys, block_dv);
+            }
+        }
+        for queries in query_blocks {
+            if let Some(block_dq) = queries.dq {
+                dq = tile.assign_queries(dq, &queries.rows, block_dq.mul_scalar(problem.scale));
+            }
+        }
+    }
+    (dq, dk, dv)
+}
+
+/// A block of queries during the backward of a tile; tensors are `[b, h, rows·group, ·]`.
+struct QueryBlock {
+    rows: Range<usize>,
+    positions: Vec<Range<usize>>,
+    q: Tensor<4>,
+    dout: Tensor<4>,
+    lse: Tensor<4>,
+    delta: Tensor<4>,
+    dq: Option<Tensor<4>>,
+}
+
+fn add(sum: &mut Option<Tensor<4>>, term: Tensor<4>) {
+    *sum = Some(match sum.take() {
+        Some(sum) => sum + term,
+        None => term,
+    });
+}
+
+/// The shapes of `q`, `k`, `v`, which agree with one another and with the problem.
+struct Sizes {
+    q: [usize; 4],
+    k: [usize; 4],
+    v: [usize; 4],
+}
+
+impl Sizes {
+    fn of(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Self {
+        let sizes = Self {
+            q: q.dims(),
+            k: k.dims(),
+            v: v.dims(),
+        };
+        let Self { q, k, v } = &sizes;
+        let rows = |positions: &[Range<usize>]| positions.iter().map(Range::len).sum::<usize>();
+        assert!(
+            q[0] == k[0] && q[3] == k[3] && k[..3] == v[..3],
+            "attention: q {q:?}, k {k:?} and v {v:?} must be [B, Lq, Hq, d], [B, Lk, Hkv, d] and \
+             [B, Lk, Hkv, dv]"
+        );
+        assert!(
+            q[2] == problem.heads.query.len() && k[2] == problem.heads.kv().len(),
+            "attention: q {q:?} and k {k:?} must hold the query heads {:?} and the kv heads {:?}",
+            problem.heads.query,
+            problem.heads.kv()
+        );
+        assert!(
+            q[1] == rows(&problem.query_positions) && k[1] == rows(&problem.key_positions),
+            "attention: q {q:?} and k {k:?} must have a row per position of {:?} and {:?}",
+            problem.query_positions,
+            problem.key_positions
+        );
+        if let Mask::KeyLengths(lengths) = &problem.mask {
+            assert_eq!(
+                lengths.len(),
+                q[0],
+                "attention: there is one key length (left) per sample (right)"
+            );
+        }
+        sizes
+    }
+
+    fn check_results(&self, out: &Tensor<4>, lse: &Tensor<3>, dout: &Tensor<4>) {
+        let [batch, queries, heads, _] = self.q;
+        let expected = [batch, queries, heads, self.v[3]];
+        assert!(
+            out.dims() == expected && dout.dims() == expected && lse.dims() == expected[..3],
+            "attention: out {:?}, dout {:?} must be {expected:?}, and lse {:?} without its last",
+            out.dims(),
+            dout.dims(),
+            lse.dims()
+        );
+    }
+}
+
+/// Samples × kv heads of one segment that are computed together.
+struct Tile {
+    samples: Range<usize>,
+    query_heads: Range<usize>,
+    kv_heads: Range<usize>,
+    group: usize,
+    query_block: usize,
+}
+
+/// The tiles of a problem: as many samples and heads at once as the bound on the scores allows.
+fn tiles(blocks: Blocks, sizes: &Sizes, problem: &Problem, dtype: DType) -> Vec<Tile> {
+    let [batch, queries, ..] = sizes.q;
+    let keys = sizes.k[1].min(blocks.key);
+    let scores = blocks.scores_bytes / dtype.size();
+    let mut tiles = Vec::new();
+    if queries == 0 || keys == 0 {
+        return tiles;
+    }
+    for segment in problem.heads.segments() {
+        let Segment {
+            query_start,
+            kv,
+            group,
+        } = segment;
+        // A group so large that one block of it exceeds the bound takes fewer queries at once.
+        let query_block = (scores / (group * keys))
+            .clamp(1, blocks.query)
+            .min(queries);
+        let matrices = (scores / (query_block * group * keys)).max(1);
+        let heads = kv.len().min(matrices);
+        for samples in ranges(batch, (matrices / heads).max(1)) {
+            for run in ranges(kv.len(), heads) {
+                tiles.push(Tile {
+                    samples: samples.clone(),
+                    query_heads: query_start + run.start * group..query_start + run.end * group,
+                    kv_heads: kv.start + run.start..kv.start + run.end,
+                    group,
+                    query_block,
+                });
+            }
+        }
+    }
+    tiles
+}
+
+impl Tile {
+    /// Rows of a tensor of queries `[B, Lq, Hq, ·]`, folded: `[b, h, rows·group, ·]`.
+    fn queries(&self, tensor: &Tensor<4>, rows: &Range<usize>) -> Tensor<4> {
+        let part = tensor.clone().slice(s![
+            self.samples.clone(),
+            rows.clone(),
+            self.query_heads.clone(),
+            ..
+        ]);
+        // Without groups the fold is a view; with them the rows must be copied together.
+        if self.group == 1 {
+            return part.swap_dims(1, 2);
+        }
+        let [b, rows, heads, width] = part.dims();
+        let kv_heads = heads / self.group;
+        part.reshape([b, rows, kv_heads, self.group, width])
+            .swap_dims(1, 2)
+            .reshape([b, kv_heads, rows * self.group, width])
+    }
+
+    /// The inverse of [`queries`](Self::queries): folded rows back into their place.
+    fn assign_queries(
+        &self,
+        tensor: Tensor<4>,
+        rows: &Range<usize>,
+        folded: Tensor<4>,
+    ) -> Tensor<4> {
+        let part = if self.group == 1 {
+            folded.swap_dims(1, 2)
+        } else {
+            let [b, kv_heads, _, width] = folded.dims();
+            folded
+                .reshape([b, kv_heads, rows.len(), self.group, width])
+                .swap_dims(1, 2)
+                .reshape([b, rows.len(), kv_heads * self.group, width])
+        };
+        tensor.slice_assign(
+            s![
+                self.samples.clone(),
+                rows.clone(),
+                self.query_heads.clone(),
+                ..
+            ],
+            part,
+        )
+    }
+
+    /// Rows of a tensor of keys or values `[B, Lk, Hkv, ·]`, as a view `[b, h, keys, ·]`.
+    fn keys(&self, tensor: &Tensor<4>, keys: &Range<usize>) -> Tensor<4> {
+        let slices = s![
+            self.samples.clone(),
+            keys.clone(),
+            self.kv_heads.clone(),
+            ..
+        ];
+        tensor.clone().slice(slices).swap_dims(1, 2)
+    }
+
+    /// The inverse of [`keys`](Self::keys).
+    fn assign_keys(&self, tensor: Tensor<4>, keys: &Range<usize>, part: Tensor<4>) -> Tensor<4> {
+        let slices = s![
+            self.samples.clone(),
+            keys.clone(),
+            self.kv_heads.clone(),
+            ..
+        ];
+        tensor.slice_assign(slices, part.swap_dims(1, 2))
+    }
+}
+
+/// A block of queries against a block of keys, by their positions.
+struct Block<'a> {
+    tile: &'a Tile,
+    mask: &'a Mask,
+    queries: &'a [Range<usize>],
+    keys: &'a [Range<usize>],
+}
+
+impl Block<'_> {
+    fn visibility(&self) -> Visibility {
+        self.mask
+            .classify(self.tile.samples.clone(), self.queries, self.keys)
+    }
+
+    /// `[b, h, rows·group, keys]`, hidden pairs at [`hidden_score`].
+    fn scores(&self, visibility: Visibility, q: &Tensor<4>, k: Tensor<4>) -> Tensor<4> {
+        let scores = q.clone().matmul(k.swap_dims(2, 3));
+        match visibility {
+            Visibility::Some => {
+                let hidden = self.hidden(&scores.device());
+                let score = hidden_score(scores.dtype());
+                scores.mask_fill(hidden, score)
+            }
+            Visibility::All | Visibility::None => scores,
+        }
+    }
+
+    /// True where a key is hidden: `[b or 1, 1, rows·group or 1, keys]`.
+    fn hidden(&self, device: &Device) -> Tensor<4, Bool> {
+        let samples = match self.mask.depends_on_sample() {
+            true => self.tile.samples.clone(),
+            false => self.tile.samples.start..self.tile.samples.start + 1,
+        };
+        let rows: Vec<usize> = match self.mask.depends_on_query() {
+            true => (self.queries.iter().cloned().flatten())
+                .flat_map(|query| std::iter::repeat_n(query, self.tile.group))
+                .collect(),
+            false => self.queries.iter().cloned().flatten().take(1).collect(),
+        };
+        let keys: Vec<usize> = self.keys.iter().cloned().flatten().collect();
+        let shape = [samples.len(), 1, rows.len(), keys.len()];
+        let mut hidden = Vec::with_capacity(shape.iter().product());
+        for sample in samples {
+            for &query in &rows {
+                hidden.extend(keys.iter().map(|&key| !self.mask.sees(sample, query, key)));
+            }
+        }
+        Tensor::from_data(TensorData::new(hidden, shape), device)
+    }
+}
+
+/// The output and the logsumexp (as a last dimension of one) of rows of scores.
+fn attend(scores: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+    // The bound lies between hidden and real scores: a row that sees nothing keeps weights of 0.
+    let bound = least_maximum(scores.dtype());
+    let maximum = scores.clone().max_dim(3).clamp_min(bound);
+    let weights = (scores - maximum.clone()).exp();
+    let sum = weights.clone().sum_dim(3);
+    // The largest weight is 1, so that only the sum of a row that sees nothing is below one half.
+    let out = weights.matmul(v) / sum.clone().clamp_min(0.5);
+    (out, maximum + sum.log())
+}
+
+/// [`merge`] on outputs of any width and logsumexps with a last dimension of one.
+fn merge_rows(a: (Tensor<4>, Tensor<4>), b: (Tensor<4>, Tensor<4>)) -> (Tensor<4>, Tensor<4>) {
+    let ((out_a, lse_a), (out_b, lse_b)) = (a, b);
+    let bound = least_maximum(lse_a.dtype());
+    let gap = lse_b.clone().clamp_min(bound) - lse_a.clone().clamp_min(bound);
+    let weight_of_b = burn::tensor::activation::sigmoid(gap.clone());
+    let out = out_a.clone() - weight_of_b * (out_a - out_b);
+    // From the larger one, −log σ(x) = log(1 + exp(−x)) with x ≥ 0: at most log 2.
+    let correction = gap.abs().neg().exp().log1p();
+    (out, lse_a.max_pair(lse_b) + correction)
+}
+
+/// The logsumexp for the backward: −∞ becomes so large that the weights of the row are exactly 0.
+fn finite_lse(lse: Tensor<3>) -> Tensor<3> {
+    let dtype = lse.dtype();
+    let nothing_seen = lse.clone().lower_elem(least_maximum(dtype));
+    lse.mask_fill(nothing_seen, -least_maximum(dtype))
+}
+
+/// The score of a hidden key: half of the lowest number, so that what is subtracted from it in
+/// [`attend`] and in the backward leaves it finite.
+fn hidden_score(dtype: DType) -> f64 {
+    lowest(dtype) / 2.0
+}
+
+/// Far above hidden scores and far below real ones.
+fn least_maximum(dtype: DType) -> f64 {
+    lowest(dtype) / 4.0
+}
+
+fn lowest(dtype: DType) -> f64 {
+    match dtype.finfo() {
+        Some(info) => info.min,
+        None => panic!("attention: {dtype:?} is not a floating dtype"),
+    }
+}
+
+/// `0..length` in runs of `size`; the last may be shorter.
+fn ranges(length: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..length)
+        .step_by(size)
+        .map(move |start| start..length.min(start + size))
+}
+
+/// The positions of some rows, of all rows' positions.
+fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut first_row = 0;
+    for range in positions {
+        let from = rows.start.max(first_row);
+        let to = rows.end.min(first_row + range.len());
+        if from < to {
+            found.push(range.start + (from - first_row)..range.start + (to - first_row));
+        }
+        first_row += range.len();
+    }
+    found
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Blocks that hold any problem of these tests at once.
+    const ONE_BLOCK: Blocks = Blocks {
+        query: 1000,
+        key: 1000,
+        scores_bytes: 1 << 30,
+    };
+
+    fn random(shape: [usize; 4], seed: u64, (device, dtype): (&Device, DType)) -> Tensor<4> {
+        // A generator of our own: Burn's is shared by all threads, so that no test could be repeated.
+        let mut state = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let values: Vec<f64> = (0..shape.iter().product())
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
+                (state >> 11) as f64 / (1u64 << 53) as f64 * 4.0 - 2.0
+            })
+            .collect();
+        Tensor::from_data(TensorData::new(values, shape), (device, dtype))
+    }
+
+    fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
+        tensor.to_data().iter::<f64>().collect()
+    }
+
+    /// The largest difference, relative to the largest value or 1; infinities must be equal.
+    fn difference<const D: usize>(found: &Tensor<D>, expected: &Tensor<D>) -> f64 {
+        assert_eq!(found.dims(), expected.dims());
+        let (found, expected) = (values(found), values(expected));
+        let size =
+            (expected.iter().filter(|x| x.is_finite())).fold(1.0, |m: f64, x| m.max(x.abs()));
+        let differences = found.iter().zip(&expected).map(|(a, b)| match a == b {
+            true => 0.0,
+            false => (a - b).abs() / size,
+        });
+        // A NaN, once found, stays: no number is greater.
+        differences.fold(
+            0.0,
+            |worst, x| if x > worst || x.is_nan() { x } else { worst },
+        )
+    }
+
+    macro_rules! assert_close {
+        ($found:expr, $expected:expr, $tolerance:expr) => {
+            let difference = difference(&$found, &$expected);
+            // Written so that NaN fails.
+            assert!(
+                difference <= $tolerance,
+                "{} differs by {difference:e}",
+                stringify!($found)
+            );
+        };
+    }
+
+    #[derive(Debug, Clone)]
+    struct Case {
+        problem: Problem,
+        batch: usize,
+        width: usize,
+        value_width: usize,
+        blocks: Blocks,
+        dtype: DType,
+        seed: u64,
+    }
+
+    impl Case {
+        fn inputs(&self, device: &Device, dtype: DType) -> [Tensor<4>; 4] {
+            let rows = |positions: &[Range<usize>]| positions.iter().map(Range::len).sum();
+            let lq: usize = rows(&self.problem.query_positions);
+            let lk: usize = rows(&self.problem.key_positions);
+            let (hq, hkv) = (
+                self.problem.heads.query.len(),
+                self.problem.heads.kv().len(),
+            );
+            let (b, d, dv) = (self.batch, self.width, self.value_width);
+            let shapes = [
+                [b, lq, hq, d],
+                [b, lk, hkv, d],
+                [b, lk, hkv, dv],
+                [b, lq, hq, dv],
+            ];
+            let mut seed = self.seed;
+            shapes.map(|shape| {
+                seed += 1;
+                // Rounded to f32 first, so that both precisions see the same numbers.
+                random(shape, seed, (device, DType::F32)).cast(dtype)
+            })
+        }
+    }
+
+    /// Everything that attention returns, and the gradients for one cotangent.
+    struct Results {
+        out: Tensor<4>,
+        lse: Tensor<3>,
+        gradients: [Tensor<4>; 3],
+    }
+
+    impl Results {
+        fn assert_close(&self, expected: &Self, tolerance: f64) {
+            assert_close!(self.out, expected.out, tolerance);
+            assert_close!(self.lse, expected.lse, tolerance);
+            let [dq, dk, dv] = &self.gradients;
+            assert_close!(dq, expected.gradients[0], tolerance);
+            assert_close!(dk, expected.gradients[1], tolerance);
+            assert_close!(dv, expected.gradients[2], tolerance);
+        }
+    }
+
+    fn ours(case: &Case, blocks: Blocks, device: &Device) -> Results {
+        let [q, k, v, dout] = case.inputs(device, case.dtype);
+        let [q, k, v] = [q, k, v].map(|x| x.autodiff().require_grad());
+        let (out, lse) = softmax_attention_in(
+            blocks,
+            q.clone(),
+            k.clone(),
+            v.clone(),
+            case.problem.clone(),
+        );
+        let gradients = (out.clone() * dout.autodiff()).sum().backward();
+        Results {
+            out: out.inner(),
+            lse: lse.inner(),
+            gradients: [q, k, v].map(|x| x.grad(&gradients).unwrap()),
+        }
+    }
+
+    /// All scores at once, in f64, with Burn's own gradients.
+    fn naive(case: &Case, device: &Device) -> Results {
+        let Problem {
+            heads,
+            mask,
+            query_positions,
+            key_positions,
+            scale,
+        } = &case.problem;
+        let [q, k, v, dout] = case.inputs(device, DType::F64);
+        let [q, k, v] = [q, k, v].map(|x| x.autodiff().require_grad());
+        let ([b, lq, hq, _], lk) = (q.dims(), k.dims()[1]);
+        let kv: Vec<i64> = (heads.query.clone())
+            .map(|head| (head / heads.group - heads.kv().start) as i64)
+            .collect();
+        let kv = Tensor::<1, burn::tensor::Int>::from_data(kv.as_slice(), &k.device());
+        let by_head = |x: &Tensor<4>| x.clone().select(2, kv.clone()).swap_dims(1, 2);
+        let mut visible = Vec::new();
+        for sample in 0..b {
+            for query in query_positions.iter().cloned().flatten() {
+                for key in key_positions.iter().cloned().flatten() {
+                    visible.push(f64::from(mask.sees(sample, query, key)));
+                }
+            }
+        }
+        let visible = TensorData::new(visible, [b, 1, lq, lk]);
+        let visible = Tensor::<4>::from_data(visible, (&q.device(), DType::F64));
+        let scores = q
+            .clone()
+            .swap_dims(1, 2)
+            .matmul(by_head(&k).swap_dims(2, 3))
+            * *scale;
+        // Scores of these tests are small enough to take their exponentials as they are.
+        let weights = scores.exp() * visible;
+        let sum = weights.clone().sum_dim(3);
+        let blind = sum.clone().equal_elem(0.0);
+        let out = weights.matmul(by_head(&v)) / sum.clone().mask_fill(blind, 1.0);
+        let out = out.swap_dims(1, 2);
+        let lse = sum.inner().log().swap_dims(1, 2).reshape([b, lq, hq]);
+        let gradients = (out.clone() * dout.autodiff()).sum().backward();
+        Results {
+            out: out.inner(),
+            lse,
+            gradients: [q, k, v].map(|x| x.grad(&gradients).unwrap()),
+        }
+    }
+
+    fn positions(ranges: Range<usize>) -> impl Strategy<Value = Vec<Range<usize>>> {
+        let range = (0..30usize, 1..6usize).prop_map(|(start, len)| start..start + len);
+        prop::collection::vec(range, ranges)
+    }
+
+    fn cases() -> impl Strategy<Value = Case> {
+        (1..4usize, 0..6usize, 1..7usize, 1..5usize).prop_flat_map(|(batch, start, len, group)| {
+            let mask = prop_oneof![
+                Just(Mask::Full),
+                Just(Mask::Causal),
+                prop::collection::vec(0..30usize, batch)
+                    .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
+            ];
+            let problem = (mask, positions(1..4), positions(1..4), 0.2..0.8f64).prop_map(
+                move |(mask, query_positions, key_positions, scale)| Problem {
+                    heads: HeadRange {
+                        query: start..start + len,
+                        group,
+                    },
+                    mask,
+                    query_positions,
+                    key_positions,
+                    scale,
+                },
+            );
+            let blocks =
+                (1..9usize, 1..9usize, 1..4096usize).prop_map(|(query, key, bytes)| Blocks {
+                    query,
+                    key,
+                    scores_bytes: bytes,
+                });
+            let dtype = prop_oneof![Just(DType::F32), Just(DType::F64)];
+            (problem, 1..5usize, 1..5usize, blocks, dtype, any::<u32>()).prop_map(
+                move |(problem, width, value_width, blocks, dtype, seed)| Case {
+                    problem,
+                    batch,
+                    width,
+                    value_width,
+                    blocks,
+                    dtype,
+                    seed: u64::from(seed),
+                },
+            )
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn any_blocks_give_the_naive_output_logsumexp_and_gradients(case in cases()) {
+            let device = Device::flex();
+            // f64: a few hundred roundings. f32: the same, at its own epsilon.
+            let tolerance = if case.dtype == DType::F64 { 1e-13 } else { 1e-5 };
+            let expected = naive(&case, &device);
+            ours(&case, case.blocks, &device).assert_close(&expected, tolerance);
+            ours(&case, ONE_BLOCK, &device).assert_close(&expected, tolerance);
+        }
+
+        #[test]
+        fn disjoint_sets_of_keys_merge_to_their_union_and_share_its_backward(
+            case in cases(),
+            cut in 0..16usize,
+        ) {
+            let device = Device::flex();
+            let [q, k, v, dout] = case.inputs(&device, DType::F64);
+            let keys = k.dims()[1];
+            let cut = cut.min(keys);
+            let parts: Vec<_> = [0..cut, cut..keys]
+                .into_iter()
+                .filter(|rows| !rows.is_empty())
+                .map(|rows| {
+                    let mut problem = case.problem.clone();
+                    problem.key_positions = positions_of(&problem.key_positions, rows.clone());
+                    let part = |x: &Tensor<4>| x.clone().slice(s![.., rows.clone(), .., ..]);
+                    (part(&k), part(&v), problem)
+                })
+                .collect();
+            let (out, lse) = parts
+                .iter()
+                .map(|(k, v, problem)| forward_in(case.blocks, q.clone(), k.clone(), v.clone(), problem))
+                .reduce(merge)
+                .unwrap();
+            let mut dq = q.zeros_like();
+            let (mut dk, mut dv) = (Vec::new(), Vec::new());
+            for (k, v, problem) in parts {
+                let (q, out, lse, dout) = (q.clone(), out.clone(), lse.clone(), dout.clone());
+                let part = backward_in(case.blocks, q, k, v, out, lse, dout, &problem);
+                dq = dq + part.0;
+                dk.push(part.1);
+                dv.push(part.2);
+            }
+            let gradients = [dq, Tensor::cat(dk, 1), Tensor::cat(dv, 1)];
+            let expected = naive(&case, &device);
+            Results { out, lse, gradients }.assert_close(&expected, 1e-13);
+        }
+
+        #[test]
+        fn segments_hold_every_head_once_beside_its_kv_head(
+            start in 0..40usize,
+            len in 0..40usize,
+            group in 1..10usize,
+        ) {
+            let heads = HeadRange { query: start..start + len, group };
+            let segments = heads.segments();
+            prop_assert!(segments.len() <= 3);
+            let mut pairs = Vec::new();
+            for segment in segments {
+                for (i, kv) in segment.kv.enumerate() {
+                    for j in 0..segment.group {
+                        pairs.push((segment.query_start + i * segment.group + j, kv));
+                    }
+                }
+            }
+            let expected: Vec<_> = (0..len)
+                .map(|local| (local, (start + local) / group - start / group))
+                .collect();
+            prop_assert_eq!(pairs, expected);
+        }
+
+        #[test]
+        fn positions_of_rows_are_those_of_the_whole_list(
+            all in positions(0..5),
+            from in 0..20usize,
+            len in 0..20usize,
+        ) {
+            let flat: Vec<usize> = all.iter().cloned().flatten().collect();
+            let rows = from.min(flat.len())..(from + len).min(flat.len());
+            let found: Vec<usize> = positions_of(&all, rows.clone()).into_iter().flatten().collect();
+            prop_assert_eq!(&found, &flat[rows]);
+        }
+    }
+
+    fn plain(batch: usize, heads: usize, queries: usize, keys: usize, mask: Mask) -> Case {
+        Case {
+            problem: Problem {
+                heads: HeadRange {
+                    query: 0..heads,
+                    group: 1,
+                },
+                mask,
+                query_positions: vec![0..queries],
+                key_positions: vec![0..keys],
+                scale: 0.5,
+            },
+            batch,
+            width: 4,
+            value_width: 3,
+            blocks: Blocks::DEFAULT,
+            dtype: DType::F64,
+            seed: 7,
+        }
+    }
+
+    #[test]
+    fn empty_batches_heads_queries_and_keys_give_zeros_of_the_right_shapes() {
+        let device = Device::flex();
+        for dtype in [DType::F32, DType::F64] {
+            for (batch, heads, queries, keys) in [
+                (0, 2, 3, 4),
+                (2, 0, 3, 4),
+                (2, 2, 0, 4),
+                (2, 2, 3, 0),
+                (0, 0, 0, 0),
+            ] {
+                for mask in [
+                    Mask::Full,
+                    Mask::Causal,
+                    Mask::KeyLengths(vec![2; batch].into()),
+                ] {
+                    let mut case = plain(batch, heads, queries, keys, mask);
+                    case.dtype = dtype;
+                    let Results {
+                        out,
+                        lse,
+                        gradients: [dq, dk, dv],
+                    } = ours(&case, Blocks::DEFAULT, &device);
+                    assert_eq!(out.dims(), [batch, queries, heads, 3]);
+                    assert_eq!(lse.dims(), [batch, queries, heads]);
+                    assert_eq!(dq.dims(), [batch, queries, heads, 4]);
+                    assert_eq!(dk.dims(), [batch, keys, heads, 4]);
+                    assert_eq!(dv.dims(), [batch, keys, heads, 3]);
+                    assert!(values(&lse).iter().all(|&x| x == f64::NEG_INFINITY));
+                    for tensor in [out, dq, dk, dv] {
+                        assert_eq!(tensor.dtype(), dtype);
+                        assert!(values(&tensor).iter().all(|&x| x == 0.0));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn empty_results_merge() {
+        let (device, dtype) = (Device::flex(), DType::F64);
+        for [b, l, h] in [[0, 3, 2], [2, 0, 2], [2, 3, 0]] {
+            let side = || {
+                (
+                    Tensor::<4>::zeros([b, l, h, 4], (&device, dtype)),
+                    Tensor::<3>::zeros([b, l, h], (&device, dtype)),
+                )
+            };
+            let (out, lse) = merge(side(), side());
+            assert_eq!((out.dims(), lse.dims()), ([b, l, h, 4], [b, l, h]));
+        }
+    }
+
+    #[test]
+    fn a_sample_of_length_zero_gets_zeros_and_minus_infinity_beside_one_that_sees() {
+        let device = Device::flex();
+        for dtype in [DType::F32, DType::F64] {
+            for blocks in [
+                Blocks::DEFAULT,
+                Blocks {
+                    key: 2,
+                    ..Blocks::DEFAULT
+                },
+            ] {
+                let mut case = plain(2, 2, 3, 5, Mask::KeyLengths([0, 3].into()));
+                case.dtype = dtype;
+                let found = ours(&case, blocks, &device);
+                let [blind, seeing] = [0, 1].map(|sample| {
+                    let part = |x: &Tensor<4>| values(&x.clone().slice(s![sample..sample + 1]));
+                    let mut all = part(&found.out);
+                    found.gradients.iter().for_each(|x| all.extend(part(x)));
+                    (
+                        all,
+                        values(&found.lse.clone().slice(s![sample..sample + 1])),
+                    )
+                });
+                assert!(blind.0.iter().all(|&x| x == 0.0));
+                assert!(blind.1.iter().all(|&x| x == f64::NEG_INFINITY));
+                assert!(seeing.0.iter().chain(&seeing.1).all(|x| x.is_finite()));
+                // Hidden keys of the seeing sample get no gradient, to the last bit.
+                let hidden = found.gradients[1].clone().slice(s![1..2, 3..5]);
+                assert!(values(&hidden).iter().all(|&x| x == 0.0));
+            }
+        }
+    }
+
+    #[test]
+    fn hidden_keys_and_values_do_not_touch_the_result_even_if_huge() {
+        let device = Device::flex();
+        for dtype in [DType::F32, DType::F64] {
+            let mut case = plain(1, 2, 6, 6, Mask::KeyLengths([4].into()));
+            case.dtype = dtype;
+            let [q, k, v, _] = case.inputs(&device, dtype);
+            let huge = |x: &Tensor<4>| {
+                let tail = x.clone().slice(s![.., 4..6]).full_like(1e30);
+                x.clone().slice_assign(s![.., 4..6], tail)
+            };
+            let expected = forward(q.clone(), k.clone(), v.clone(), &case.problem);
+            let found = forward(q, huge(&k), huge(&v), &case.problem);
+            assert_eq!(values(&found.0), values(&expected.0));
+            assert_eq!(values(&found.1), values(&expected.1));
+        }
+    }
+
+    #[test]
+    fn scores_in_the_thousands_neither_overflow_nor_lose_the_logsumexp() {
+        let device = Device::flex();
+        for dtype in [DType::F32, DType::F64] {
+            for blocks in [
+                Blocks::DEFAULT,
+                Blocks {
+                    key: 3,
+                    ..Blocks::DEFAULT
+                },
+            ] {
+                let mut case = plain(1, 2, 5, 8, Mask::Causal);
+                case.problem.scale = 2000.0;
+                case.dtype = dtype;
+                let found = ours(&case, blocks, &device);
+                // The first query sees one key: its score is its logsumexp, its value the output.
+                let [q, k, v, _] = case.inputs(&device, DType::F64);
+                let first = |x: Tensor<4>| x.slice(s![.., 0..1]);
+                let score = (first(q) * first(k)).sum_dim(3) * case.problem.scale;
+                let lse = found.lse.slice(s![.., 0..1]).unsqueeze_dim::<4>(3);
+                assert_close!(lse, score, if dtype == DType::F64 { 1e-14 } else { 1e-6 });
+                assert_close!(first(found.out.clone()), first(v), 0.0);
+                for tensor in found.gradients.iter().chain([&found.out]) {
+                    assert!(values(tensor).iter().all(|x| x.is_finite()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn merging_with_a_side_that_saw_nothing_returns_the_other_and_two_such_return_nothing() {
+        let device = Device::flex();
+        for dtype in [DType::F32, DType::F64] {
+            let infinity = f64::NEG_INFINITY;
+            let out = |x: f64| Tensor::<4>::full([1, 1, 1, 2], x, (&device, dtype));
+            let lse = |x: f64| Tensor::<3>::full([1, 1, 1], x, (&device, dtype));
+            for value in [-3000.0, -0.3, 0.0, 2.7, 3000.0] {
+                let expected = (values(&out(value)), values(&lse(value)));
+                let seen = (out(value), lse(value));
+                let unseen = (out(0.0), lse(infinity));
+                let first = merge(seen.clone(), unseen.clone());
+                assert_eq!((values(&first.0), values(&first.1)), expected);
+                let second = merge(unseen, seen);
+                assert_eq!((values(&second.0), values(&second.1)), expected);
+            }
+            let neither = merge((out(0.0), lse(infinity)), (out(0.0), lse(infinity)));
+            assert_eq!(values(&neither.0), [0.0, 0.0]);
+            assert_eq!(values(&neither.1), [infinity]);
+            // Far apart, the larger logsumexp wins whole; equal, each side is a half.
+            let far = merge((out(1.0), lse(-9000.0)), (out(2.0), lse(9000.0)));
+            assert_eq!(
+                (values(&far.0), values(&far.1)),
+                (vec![2.0; 2], vec![9000.0])
+            );
+            let equal = merge((out(1.0), lse(9.0)), (out(2.0), lse(9.0)));
+            assert_eq!(values(&equal.0), [1.5, 1.5]);
+            assert_close!(equal.1, lse(9.0 + 2f64.ln()), 1e-7);
+        }
+    }
+
+    #[test]
+    fn tiles_keep_a_blocks_scores_below_the_bound_and_cover_every_head_once() {
+        let mut case = plain(5, 8, 300, 700, Mask::Full);
+        case.problem.heads = HeadRange {
+            query: 3..29,
+            group: 4,
+        };
+        let sizes = Sizes {
+            q: [5, 300, 26, 4],
+            k: [5, 700, 8, 4],
+            v: [5, 700, 8, 3],
+        };
+        for scores_bytes in [1, 10_000, 1 << 20, 16 << 20, 1 << 30] {
+            let blocks = Blocks {
+                scores_bytes,
+                ..Blocks::DEFAULT
+            };
+            let mut covered = vec![0; 5 * 26];
+            for tile in tiles(blocks, &sizes, &case.problem, DType::F64) {
+                assert_eq!(tile.query_heads.len(), tile.kv_heads.len() * tile.group);
+                let rows = tile.query_heads.len() * tile.query_block;
+                let bytes = tile.samples.len() * rows * 512 * DType::F64.size();
+                assert!(bytes <= scores_bytes || tile.query_block == 1);
+                for sample in tile.samples {
+                    for head in tile.query_heads.clone() {
+                        covered[sample * 26 + head] += 1;
+                    }
+                }
+            }
+            assert_eq!(covered, [1; 5 * 26]);
+        }
+    }
+
+    #[test]
+    fn gradient_checkpointing_changes_nothing() {
+        let device = Device::flex();
+        let case = plain(2, 2, 7, 9, Mask::Causal);
+        let plain = ours(&case, Blocks::DEFAULT, &device);
+        let balanced = device.clone().autodiff().gradient_checkpointing();
+        let [q, k, v, dout] = case.inputs(&balanced, DType::F64);
+        let leaves = [q, k, v].map(|x| x.detach().require_grad());
+        // Memory-bound neighbours, which checkpointing does repeat.
+        let [q, k, v] = leaves.clone().map(|x| x.mul_scalar(2.0).mul_scalar(0.5));
+        let (out, lse) = softmax_attention(q, k, v, case.problem);
+        assert!(!lse.is_tracked());
+        assert_eq!(lse.device(), balanced);
+        let gradients = (out * dout).sum().backward();
+        for (leaf, expected) in leaves.iter().zip(&plain.gradients) {
+            assert_eq!(values(&leaf.grad(&gradients).unwrap()), values(expected));
+        }
+    }
+
+    #[test]
+    fn inputs_without_autodiff_give_outputs_without_it() {
+        let device = Device::flex();
+        let case = plain(1, 1, 2, 2, Mask::Full);
+        let [q, k, v, _] = case.inputs(&device, DType::F32);
+        let (out, lse) = softmax_attention(q, k, v, case.problem);
+        assert!(!out.is_autodiff() && !lse.is_autodiff());
+    }
+
+    #[test]
+    fn the_same_inputs_give_the_same_bits() {
+        let device = Device::flex();
+        let mut case = plain(2, 4, 70, 90, Mask::Causal);
+        case.dtype = DType::F32;
+        let blocks = Blocks {
+            query: 16,
+            key: 32,
+            scores_bytes: 10_000,
+        };
+        let (a, b) = (ours(&case, blocks, &device), ours(&case, blocks, &device));
+        assert_eq!(values(&a.out), values(&b.out));
+        for (a, b) in a.gradients.iter().zip(&b.gradients) {
+            assert_eq!(values(a), values(b));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "must have a row per position")]
+    fn positions_that_are_not_one_per_row_are_refused() {
+        let mut case = plain(1, 1, 2, 2, Mask::Full);
+        let [q, k, v, _] = case.inputs(&Device::flex(), DType::F32);
+        case.problem.query_positions = vec![0..1];
+        let _ = forward(q, k, v, &case.problem);
+    }
+
+    #[test]
+    #[should_panic(expected = "must hold the query heads")]
+    fn kv_heads_other_than_those_of_the_query_heads_are_refused() {
+        let mut case = plain(1, 4, 2, 2, Mask::Full);
+        let [q, k, v, _] = case.inputs(&Device::flex(), DType::F32);
+        case.problem.heads = HeadRange {
+            query: 2..6,
+            group: 2,
+        };
+        let _ = forward(q, k, v, &case.problem);
+    }
+}

@@ -1,0 +1,225 @@
+//! What can go wrong, with the values that a person needs to mend it.
+
+use std::time::Duration;
+
+use burn::tensor::DType;
+
+use crate::blocks::DIMS;
+use crate::layout::{LayoutError, SeqAxis};
+use crate::ledger::Collective;
+use crate::partition::PartitionError;
+use crate::strategy::{PlanError, StageError};
+
+/// One call of a collective, as every rank of the group must make it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// Which collective.
+    pub collective: Collective,
+    /// The how-manieth exchange of its group this is, from 0.
+    pub sequence: u64,
+    /// The element type.
+    pub dtype: DType,
+    /// The global shape of what is exchanged.
+    pub shape: [usize; DIMS],
+    /// Whether a backward pass will answer it.
+    pub tracking: Tracking,
+}
+
+/// Whether a tensor takes part in automatic differentiation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracking {
+    /// A gradient will flow through it.
+    Tracked,
+    /// None will.
+    Untracked,
+}
+
+impl std::fmt::Display for Call {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            collective,
+            sequence,
+            dtype,
+            shape,
+            tracking,
+        } = self;
+        let tracking = match tracking {
+            Tracking::Tracked => "tracked",
+            Tracking::Untracked => "untracked",
+        };
+        write!(
+            f,
+            "{collective} #{sequence} of {shape:?} {dtype:?} ({tracking})"
+        )
+    }
+}
+
+fn after(last: &Option<Call>) -> String {
+    match last {
+        Some(call) => format!("after {call}"),
+        None => "before any collective".to_owned(),
+    }
+}
+
+/// A group of ranks that cannot go on. Every rank of the group returns the same one: the root cause.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommError {
+    /// Two ranks of a group called different collectives at the same point.
+    #[error(
+        "the ranks diverged: rank {rank} called {call} where rank {other} called {other_call}; \
+         all ranks of a group must call the same collectives in the same order"
+    )]
+    Mismatch {
+        /// The rank that noticed.
+        rank: usize,
+        /// What it called.
+        call: Call,
+        /// The rank that called something else.
+        other: usize,
+        /// What that was.
+        other_call: Call,
+    },
+    /// Two ranks agree on the call, but not on which rank holds what.
+    #[error(
+        "the ranks diverged: rank {rank} and rank {other} both called {call}, but with different partitions"
+    )]
+    Partitions {
+        /// The rank that noticed.
+        rank: usize,
+        /// What both called.
+        call: Call,
+        /// The rank whose partition is another.
+        other: usize,
+    },
+    /// A rank's block has another shape than the call says.
+    #[error(
+        "rank {rank} passed a block of shape {got:?} to {call}, where its part is {expected:?}"
+    )]
+    Shape {
+        /// The rank.
+        rank: usize,
+        /// The call.
+        call: Call,
+        /// The shape of the rank's part.
+        expected: [usize; DIMS],
+        /// The shape that it passed.
+        got: [usize; DIMS],
+    },
+    /// A collective that not every rank called before the deadline.
+    #[error(
+        "rank {rank} waited {} ms in {call}, and rank(s) {missing:?} did not call it before the deadline",
+        waited.as_millis()
+    )]
+    Unanswered {
+        /// The rank that waited.
+        rank: usize,
+        /// The call.
+        call: Call,
+        /// Who did not answer.
+        missing: Vec<usize>,
+        /// How long it waited.
+        waited: Duration,
+    },
+    /// A rank that ended although others still need it.
+    #[error("rank {rank} called {call}, but rank {ended} had already returned")]
+    PeerEnded {
+        /// The rank that waits.
+        rank: usize,
+        /// The call.
+        call: Call,
+        /// Who returned too early.
+        ended: usize,
+    },
+    /// A rank that panicked.
+    #[error("rank {rank} panicked {}: {message}", after(last))]
+    Panicked {
+        /// The rank.
+        rank: usize,
+        /// The last collective that it called.
+        last: Option<Call>,
+        /// The panic's message.
+        message: String,
+    },
+    /// A rank whose own code returned an error.
+    #[error("rank {rank} failed {}: {message}", after(last))]
+    Failed {
+        /// The rank.
+        rank: usize,
+        /// The last collective that it called.
+        last: Option<Call>,
+        /// The error and its causes.
+        message: String,
+    },
+    /// A rank that neither ends nor calls a collective. Its thread is abandoned.
+    #[error(
+        "rank {rank} is stuck {}: the other ranks ended {} ms ago; its thread is abandoned",
+        after(last), waited.as_millis()
+    )]
+    Stuck {
+        /// The rank.
+        rank: usize,
+        /// The last collective that it called.
+        last: Option<Call>,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// A sub-group that does not contain its caller, repeats a rank, or names one that does not exist.
+    #[error("rank {rank} of {size} asked for a sub-group of {members:?}: {rule}")]
+    Members {
+        /// The rank that asked.
+        rank: usize,
+        /// The size of the group.
+        size: usize,
+        /// Who was to be in it.
+        members: Vec<usize>,
+        /// What is wrong with them.
+        rule: &'static str,
+    },
+    /// The machine would not start a thread.
+    #[error("the thread of rank {rank} could not be started: {message}")]
+    Spawn {
+        /// The rank.
+        rank: usize,
+        /// What the operating system says.
+        message: String,
+    },
+}
+
+/// Any error of this crate, as a model's forward pass returns it.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The ranks cannot go on.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// A tensor is not laid out as it must be.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// A strategy cannot run this model.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A model does not walk through the stages that it declared.
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    /// A partition does not cover its length.
+    #[error(transparent)]
+    Partition(#[from] PartitionError),
+    /// A tensor whose shape does not fit.
+    #[error("{what} has shape {got:?}, where {rule}")]
+    Shape {
+        /// Which tensor.
+        what: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+        /// What was expected.
+        rule: String,
+    },
+    /// An attention over an axis of which this rank holds only a part.
+    #[error(
+        "attention over {axis} runs on one rank's keys alone, but {axis} is split: \
+         the strategy must bring it together first"
+    )]
+    AttendsSplitAxis {
+        /// The axis.
+        axis: SeqAxis,
+    },
+}

@@ -1,0 +1,194 @@
+//! [`Group`]: the ranks that work on one thing together, and this rank among them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::tensor::Tensor;
+
+use crate::blocks::{Blocks, DIMS};
+use crate::error::{CommError, Tracking};
+use crate::layout::MeshAxis;
+use crate::ledger::{Collective, Entry, Ledger, Phase};
+use crate::transport::local::World;
+use crate::transport::{Exchange, Pending, Transport};
+
+/// This rank's membership of a group of ranks. Cloning shares it.
+///
+/// Sub-groups keep their parent's ledger and time-out, so that a rank's account is one, however its ranks are
+/// meshed.
+#[derive(Debug, Clone)]
+pub struct Group {
+    transport: Arc<dyn Transport>,
+    ledger: Arc<Ledger>,
+    timeout: Duration,
+}
+
+impl Group {
+    /// A group over any transport; every wait ends after `timeout`.
+    pub fn new(transport: Arc<dyn Transport>, timeout: Duration) -> Self {
+        Self {
+            transport,
+            ledger: Arc::new(Ledger::default()),
+            timeout,
+        }
+    }
+
+    /// A group of this thread alone: the serial case, which sends nothing.
+    pub fn alone() -> Self {
+        Self::new(World::new(1).transport(0), Duration::from_secs(60))
+    }
+
+    /// This rank, from 0.
+    pub fn rank(&self) -> usize {
+        self.transport.rank()
+    }
+
+    /// The number of ranks.
+    pub fn size(&self) -> usize {
+        self.transport.size()
+    }
+
+    /// What this rank sent.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// How long a collective waits for the other ranks.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// A group of some of this group's ranks, in the given order. All members must ask for it alike.
+    ///
+    /// # Errors
+    /// [`CommError::Members`] if this rank is not among `members`, or they are not distinct ranks.
+    pub fn subgroup(&self, members: &[usize]) -> Result<Self, CommError> {
+        Ok(Self {
+            transport: self.transport.subgroup(members)?,
+            ledger: self.ledger.clone(),
+            timeout: self.timeout,
+        })
+    }
+
+    /// The ranks that stand on the mesh axis `axis` together with this one.
+    ///
+    /// # Errors
+    /// As for [`Group::subgroup`].
+    pub fn along(&self, axis: MeshAxis) -> Result<Self, CommError> {
+        self.subgroup(&axis.members(self.rank()))
+    }
+
+    /// Ends every rank of the group, its parents and sub-groups with `cause`, unless they have failed before.
+    pub fn abort(&self, cause: CommError) {
+        self.transport.abort(cause);
+    }
+
+    /// Starts an exchange of untracked tensors; [`InFlight::wait`] ends it.
+    ///
+    /// `before` says who holds what of the global tensor now and `after` who shall hold what; terms from
+    /// several ranks are summed in rank order. All ranks must pass the same.
+    ///
+    /// # Errors
+    /// [`CommError`] as [`Transport::start`] says.
+    pub fn start(&self, request: Request) -> Result<InFlight, CommError> {
+        let Request {
+            collective,
+            phase,
+            tracking,
+            tensor,
+            before,
+            after,
+        } = request;
+        let rank = self.rank();
+        let sent = (0..self.size())
+            .filter(|&peer| peer != rank)
+            .map(|peer| before.elements(&after, rank, peer) as u64);
+        let mut entry = Entry {
+            calls: 1,
+            ..Entry::default()
+        };
+        for elements in sent {
+            entry.messages += u64::from(elements > 0);
+            entry.elements += elements;
+        }
+        entry.bytes = entry.elements * tensor.dtype().size() as u64;
+        let pending = self.transport.start(Exchange {
+            collective,
+            tracking,
+            tensor,
+            before,
+            after,
+        })?;
+        Ok(InFlight {
+            pending,
+            ledger: self.ledger.clone(),
+            key: (phase, collective),
+            entry,
+            deadline: Instant::now() + self.timeout,
+        })
+    }
+
+    /// Starts an exchange and waits for it.
+    ///
+    /// # Errors
+    /// [`CommError`] if the group fails.
+    pub fn exchange(&self, request: Request) -> Result<Tensor<DIMS>, CommError> {
+        self.start(request)?.wait()
+    }
+}
+
+/// What a rank asks of its group: see [`Group::start`].
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Which collective it is.
+    pub collective: Collective,
+    /// In which part of the step.
+    pub phase: Phase,
+    /// Whether a backward pass will answer it.
+    pub tracking: Tracking,
+    /// This rank's block, outside of any autodiff graph.
+    pub tensor: Tensor<DIMS>,
+    /// Who holds what now.
+    pub before: Arc<Blocks>,
+    /// Who holds what afterwards.
+    pub after: Arc<Blocks>,
+}
+
+/// An exchange that has been started.
+#[must_use = "an exchange that is never waited for leaves the other ranks' data where it is"]
+pub struct InFlight {
+    pending: Box<dyn Pending>,
+    ledger: Arc<Ledger>,
+    key: (Phase, Collective),
+    entry: Entry,
+    deadline: Instant,
+}
+
+impl std::fmt::Debug for InFlight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("InFlight")
+            .field("key", &self.key)
+            .finish_non_exhaustive()
+    }
+}
+
+impl InFlight {
+    /// Waits for this rank's block of what was asked for, and enters it into the ledger.
+    ///
+    /// # Errors
+    /// [`CommError`] if the group fails or the deadline passes.
+    pub fn wait(self) -> Result<Tensor<DIMS>, CommError> {
+        let arrival = self.pending.wait(self.deadline)?;
+        let (phase, collective) = self.key;
+        self.ledger.record(
+            phase,
+            collective,
+            Entry {
+                waited: arrival.waited,
+                moved: arrival.moved,
+                ..self.entry
+            },
+        );
+        Ok(arrival.tensor)
+    }
+}

@@ -1,0 +1,268 @@
+//! Runs a function on every rank, each a thread with a pool of cores of its own, and ends all of them with
+//! one error if one fails.
+
+use std::any::Any;
+use std::error::Error as StdError;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::error::CommError;
+use crate::group::Group;
+use crate::transport::local::World;
+
+/// The error type that a rank's function may return: anything that converts into a boxed error.
+pub type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// Why a launch failed: the first failure, which every rank was ended with.
+#[derive(Debug, thiserror::Error)]
+#[error("{root}{}", abandoned_note(abandoned))]
+pub struct LaunchError {
+    /// The root cause.
+    pub root: CommError,
+    /// The rank's own error, where the root cause is that a rank returned one.
+    #[source]
+    pub source: Option<BoxError>,
+    /// Ranks whose threads did not end and were abandoned.
+    pub abandoned: Vec<usize>,
+}
+
+fn abandoned_note(abandoned: &[usize]) -> String {
+    if abandoned.is_empty() {
+        String::new()
+    } else {
+        format!(" (the threads of ranks {abandoned:?} did not end and are abandoned)")
+    }
+}
+
+/// How ranks are launched.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    ranks: usize,
+    timeout: Duration,
+    threads_per_rank: usize,
+}
+
+impl Launch {
+    /// `ranks` ranks that share the machine's cores, at least one thread each, and wait a minute for each
+    /// other.
+    ///
+    /// # Panics
+    /// If `ranks` is 0.
+    pub fn new(ranks: usize) -> Self {
+        assert!(ranks > 0, "a launch needs at least one rank");
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            ranks,
+            timeout: Duration::from_secs(60),
+            threads_per_rank: (cores / ranks).max(1),
+        }
+    }
+
+    /// How long a collective waits for the other ranks, and the launch for the last ones.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// The number of compute threads of each rank.
+    #[must_use]
+    pub fn threads_per_rank(mut self, threads: usize) -> Self {
+        self.threads_per_rank = threads.max(1);
+        self
+    }
+
+    /// Runs `function` on every rank and returns what they return, in rank order.
+    ///
+    /// # Errors
+    /// [`LaunchError`] with the first failure: a rank's own error, a panic, a collective that diverges or is
+    /// not answered in time, or a rank that is stuck when the others have ended for longer than the time-out.
+    pub fn run<T, E, F>(self, function: F) -> Result<Vec<T>, LaunchError>
+    where
+        T: Send + 'static,
+        E: Into<BoxError>,
+        F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
+    {
+        let world = World::new(self.ranks);
+        let function = Arc::new(function);
+        let (sender, endings) = mpsc::channel();
+        for rank in 0..self.ranks {
+            let group = Group::new(world.transport(rank), self.timeout);
+            let (rank_world, function, sender) = (world.clone(), function.clone(), sender.clone());
+            let threads = self.threads_per_rank;
+            let body = move || {
+                let ending = run_rank(rank, threads, &rank_world, || function(group));
+                rank_world.end(rank);
+                // The launch may have given this rank up.
+                let _ = sender.send((rank, ending));
+            };
+            let spawned = std::thread::Builder::new()
+                .name(format!("rank {rank}"))
+                .spawn(body);
+            if let Err(error) = spawned {
+                world.fail(CommError::Spawn {
+                    rank,
+                    message: error.to_string(),
+                });
+                world.end(rank);
+                break;
+            }
+        }
+        drop(sender);
+        collect(self.ranks, self.timeout, &world, &endings)
+    }
+}
+
+/// Runs `function` on `ranks` ranks with the defaults of [`Launch::new`].
+///
+/// ```
+/// use dsp_core::{collective, launch};
+/// use burn::tensor::{Device, Tensor};
+///
+/// let sums = launch(3, |group| {
+///     let x = Tensor::<1>::from_floats([group.rank() as f32], &Device::flex());
+///     collective::all_reduce(x, &group).map(|sum| sum.into_scalar::<f32>())
+/// })?;
+/// assert_eq!(sums, [3.0, 3.0, 3.0]);
+/// # Ok::<(), dsp_core::LaunchError>(())
+/// ```
+///
+/// # Errors
+/// As for [`Launch::run`].
+pub fn launch<T, E, F>(ranks: usize, function: F) -> Result<Vec<T>, LaunchError>
+where
+    T: Send + 'static,
+    E: Into<BoxError>,
+    F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
+{
+    Launch::new(ranks).run(function)
+}
+
+/// Runs one rank inside its own pool: two ranks that block in one pool would starve each other.
+fn run_rank<T: Send, E: Into<BoxError>>(
+    rank: usize,
+    threads: usize,
+    world: &World,
+    body: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, Option<BoxError>> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(move |thread| match thread {
+            0 => format!("rank {rank}"),
+            _ => format!("rank {rank}, thread {thread}"),
+        })
+        .build();
+    let pool = match pool {
+        Ok(pool) => pool,
+        Err(error) => {
+            world.fail(CommError::Spawn {
+                rank,
+                message: error.to_string(),
+            });
+            return Err(None);
+        }
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        pool.install(|| body().map_err(Into::into))
+    }));
+    let last = || world.last_call(rank);
+    match outcome {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => {
+            let cause = CommError::Failed {
+                rank,
+                last: last(),
+                message: chain(&*error),
+            };
+            let root = world.fail(cause.clone());
+            // Only the rank that failed first has the source; the others' errors are its echoes.
+            Err((root == cause).then_some(error))
+        }
+        // A collective that failed in a backward pass: the world has failed already.
+        Err(payload) if payload.is::<CommError>() => {
+            if let Ok(error) = payload.downcast::<CommError>() {
+                world.fail(*error);
+            }
+            Err(None)
+        }
+        Err(payload) => {
+            world.fail(CommError::Panicked {
+                rank,
+                last: last(),
+                message: panic_message(&*payload),
+            });
+            Err(None)
+        }
+    }
+}
+
+fn collect<T>(
+    ranks: usize,
+    timeout: Duration,
+    world: &World,
+    endings: &mpsc::Receiver<(usize, Result<T, Option<BoxError>>)>,
+) -> Result<Vec<T>, LaunchError> {
+    let mut values: Vec<Option<T>> = (0..ranks).map(|_| None).collect();
+    let mut running = vec![true; ranks];
+    let mut source = None;
+    let mut first_end: Option<Instant> = None;
+    loop {
+        // Nobody is hurried while all run; once one has ended, the others have a time-out's grace.
+        let next = match first_end {
+            None => endings.recv().ok(),
+            Some(start) => endings
+                .recv_timeout(timeout.saturating_sub(start.elapsed()))
+                .ok(),
+        };
+        let Some((rank, ending)) = next else {
+            break;
+        };
+        first_end = Some(Instant::now());
+        running[rank] = false;
+        match ending {
+            Ok(value) => values[rank] = Some(value),
+            Err(error) => source = source.or(error),
+        }
+    }
+    let stuck: Vec<usize> = (0..ranks).filter(|&rank| running[rank]).collect();
+    if let (Some(&rank), Some(start)) = (stuck.first(), first_end) {
+        world.fail(CommError::Stuck {
+            rank,
+            last: world.last_call(rank),
+            waited: start.elapsed(),
+        });
+    }
+    match world.fate() {
+        Some(root) => Err(LaunchError {
+            root,
+            source,
+            abandoned: stuck,
+        }),
+        None => Ok(values.into_iter().flatten().collect()),
+    }
+}
+
+fn chain(error: &(dyn StdError + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+        cause = error.source();
+    }
+    message
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> String {
+    if let Some(message) = payload.downcast_ref::<&str>() {
+        (*message).to_owned()
+    } else if let Some(message) = payload.downcast_ref::<String>() {
+        message.clone()
+    } else {
+        "a panic without a message".to_owned()
+    }
+}

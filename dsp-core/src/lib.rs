@@ -1,0 +1,48 @@
+//! Sequence parallelism on Burn tensors.
+//!
+//! A transformer's activation `[batch, s1, s2, s3, channels]` is too long for one device, so each of N ranks
+//! holds a block of it. Attention mixes along a sequence axis; everything else is position-wise. A
+//! [`SequenceParallel`] strategy decides how activations are laid out over the ranks and what moves, so that
+//! every sub-layer computes what one device would, gradients included.
+//!
+//! # Map
+//! | module | what it is |
+//! |---|---|
+//! | [`partition`], [`layout`] | who holds which positions; [`Shard`], a local tensor that knows its layout |
+//! | [`blocks`] | what must move to get from one distribution of a tensor to another |
+//! | [`group`], [`transport`], [`launch()`] | ranks, sub-groups and meshes; what moves the data; threads as ranks |
+//! | [`collective`], [`reference`] | differentiable collectives; the same as plain functions over all blocks |
+//! | [`vjp`] | a function with a gradient of our own |
+//! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
+//! | [`strategy`] | the trait, plans, and the session that walks a model through a plan |
+//! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
+//! | [`ledger`], [`cost`] | what was sent; the same by formula |
+//! | [`error`] | what can go wrong |
+//!
+//! This crate knows nothing of any strategy, model, command line or chart.
+
+pub mod attention;
+pub mod blocks;
+pub mod collective;
+pub mod cost;
+pub mod error;
+pub mod gradients;
+pub mod group;
+pub mod launch;
+pub mod layout;
+pub mod ledger;
+pub mod partition;
+pub mod place;
+pub mod reference;
+pub mod strategy;
+pub mod transport;
+pub mod vjp;
+
+pub use attention::{Heads, Mask};
+pub use error::{CommError, Error};
+pub use group::Group;
+pub use launch::{Launch, LaunchError, launch};
+pub use layout::{AxisSet, Layout, SeqAxis, Shard};
+pub use partition::Partition;
+pub use place::Placed;
+pub use strategy::{Loss, ModelShape, PlanError, SequenceParallel, Session, Stage};

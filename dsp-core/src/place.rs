@@ -1,0 +1,85 @@
+//! A rank's part of a module: [`place`] cuts what the strategy shards and makes every parameter a leaf of the
+//! rank's own.
+//!
+//! Two ranks whose parameters shared an autodiff node would share one graph and its lock, and their backward
+//! passes would wait for each other for ever. A placed module cannot: it is made from untracked values.
+
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::tensor::{Device, Tensor};
+
+use crate::group::Group;
+use crate::layout::select_ranges;
+use crate::strategy::{Placement, Role, SequenceParallel};
+
+/// A module whose parameters are this rank's.
+#[derive(Debug, Clone)]
+pub struct Placed<M> {
+    /// The module.
+    pub module: M,
+    sharded: HashMap<ParamId, Placement>,
+}
+
+impl<M> Placed<M> {
+    /// The placement of a parameter.
+    pub fn placement(&self, id: ParamId) -> &Placement {
+        self.sharded.get(&id).unwrap_or(&Placement::Replicated)
+    }
+}
+
+/// See [`crate::strategy::Session::place`].
+pub fn place<M: Module>(
+    module: &M,
+    roles: impl Fn(&str) -> Role,
+    strategy: &dyn SequenceParallel,
+    group: &Group,
+    device: &Device,
+) -> Placed<M> {
+    let mut cutter = Cutter {
+        path: Vec::new(),
+        roles,
+        strategy,
+        group,
+        sharded: HashMap::new(),
+    };
+    // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
+    // were trainable.
+    let module = module.valid().map(&mut cutter).fork(device).train();
+    Placed {
+        module,
+        sharded: cutter.sharded,
+    }
+}
+
+struct Cutter<'a, R> {
+    path: Vec<String>,
+    roles: R,
+    strategy: &'a dyn SequenceParallel,
+    group: &'a Group,
+    sharded: HashMap<ParamId, Placement>,
+}
+
+impl<R: Fn(&str) -> Role> ModuleMapper for Cutter<'_, R> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let role = (self.roles)(&self.path.join("."));
+        let shape = param.lazy_shape();
+        let placement =
+            self.strategy
+                .placement(role, shape.as_slice(), self.group.rank(), self.group.size());
+        let Placement::Sharded { dim, ranges } = &placement else {
+            return param;
+        };
+        let (dim, ranges) = (*dim, ranges.clone());
+        self.sharded.insert(param.id, placement);
+        param.map(|tensor| select_ranges(tensor, dim, &ranges))
+    }
+}

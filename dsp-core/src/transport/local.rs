@@ -1,0 +1,428 @@
+//! Ranks as threads of one process.
+//!
+//! A rank posts a handle of its tensor and reads its peers' parts straight from their memory when all those
+//! that it needs have posted. Nothing is serialised and nothing is packed: each element is copied once, by
+//! the rank that receives it. A posted handle shares its tensor, so the poster may go on at once: Burn copies
+//! on write.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use burn::tensor::Tensor;
+
+use super::copy::{Source, assemble};
+use super::{Arrival, Exchange, Pending, Transport};
+use crate::blocks::{Blocks, DIMS};
+use crate::error::{Call, CommError};
+
+/// What the ranks of one launch share.
+#[derive(Debug)]
+pub(crate) struct World {
+    state: Mutex<State>,
+    changed: Condvar,
+    ranks: usize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Exchanges that not every member has taken its part of.
+    rounds: HashMap<(Arc<GroupId>, u64), Round>,
+    /// The first failure. Once set it stays.
+    fate: Option<CommError>,
+    /// Per world rank: its last call, and whether it has returned.
+    ranks: Vec<RankState>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct RankState {
+    last: Option<Call>,
+    ended: bool,
+}
+
+/// Which group: its members by world rank, the group that it was made from, and the how-manieth group of
+/// these members that one made.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct GroupId {
+    members: Vec<usize>,
+    parent: Option<Arc<GroupId>>,
+    number: u64,
+}
+
+#[derive(Debug)]
+struct Round {
+    posts: Vec<Option<Post>>,
+    taken: usize,
+}
+
+#[derive(Debug, Clone)]
+struct Post {
+    call: Call,
+    tensor: Tensor<DIMS>,
+    before: Arc<Blocks>,
+    after: Arc<Blocks>,
+}
+
+impl World {
+    pub(crate) fn new(ranks: usize) -> Arc<Self> {
+        let state = State {
+            ranks: vec![RankState::default(); ranks],
+            ..State::default()
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            ranks,
+        })
+    }
+
+    /// The end of `rank` in the group of all ranks.
+    pub(crate) fn transport(self: &Arc<Self>, rank: usize) -> Arc<dyn Transport> {
+        Arc::new(LocalTransport {
+            world: self.clone(),
+            id: Arc::new(GroupId {
+                members: (0..self.ranks).collect(),
+                parent: None,
+                number: 0,
+            }),
+            rank,
+            sequence: AtomicU64::new(0),
+            subgroups: Mutex::new(HashMap::new()),
+        })
+    }
+
+    /// Fails the world, unless it has failed before; returns the root cause.
+    pub(crate) fn fail(&self, cause: CommError) -> CommError {
+        let fate = self.lock().fate.get_or_insert(cause).clone();
+        self.changed.notify_all();
+        fate
+    }
+
+    /// The root cause, if the world has failed.
+    pub(crate) fn fate(&self) -> Option<CommError> {
+        self.lock().fate.clone()
+    }
+
+    /// The last collective that a rank called.
+    pub(crate) fn last_call(&self, rank: usize) -> Option<Call> {
+        self.lock().ranks[rank].last.clone()
+    }
+
+    /// Notes that a rank has returned.
+    pub(crate) fn end(&self, rank: usize) {
+        self.lock().ranks[rank].ended = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of ours panics while it holds the lock; a poisoned state would still be consistent.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct LocalTransport {
+    world: Arc<World>,
+    id: Arc<GroupId>,
+    rank: usize,
+    sequence: AtomicU64,
+    /// How many sub-groups of the same members were made: all members count alike.
+    subgroups: Mutex<HashMap<Vec<usize>, u64>>,
+}
+
+impl LocalTransport {
+    fn world_rank(&self) -> usize {
+        self.id.members[self.rank]
+    }
+}
+
+impl Transport for LocalTransport {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.id.members.len()
+    }
+
+    fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError> {
+        let Exchange {
+            collective,
+            tracking,
+            tensor,
+            before,
+            after,
+        } = exchange;
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let call = Call {
+            collective,
+            sequence,
+            dtype: tensor.dtype(),
+            shape: before.shape(),
+            tracking,
+        };
+        let post = Post {
+            call: call.clone(),
+            tensor,
+            before,
+            after,
+        };
+        let mut state = self.world.lock();
+        state.ranks[self.world_rank()].last = Some(call.clone());
+        if let Some(fate) = &state.fate {
+            return Err(fate.clone());
+        }
+        let round = state
+            .rounds
+            .entry((self.id.clone(), sequence))
+            .or_insert_with(|| Round {
+                posts: vec![None; self.size()],
+                taken: 0,
+            });
+        let earlier = round.posts.iter().enumerate();
+        let earlier = earlier.filter_map(|(rank, post)| post.as_ref().map(|post| (rank, post)));
+        if let Some(error) = earlier
+            .filter_map(|(other, theirs)| self.disagreement(&post, other, theirs))
+            .next()
+        {
+            drop(state);
+            return Err(self.world.fail(error));
+        }
+        let expected = post.before.local_shape(self.rank);
+        let got = post.tensor.dims();
+        if expected != got {
+            drop(state);
+            return Err(self.world.fail(CommError::Shape {
+                rank: self.world_rank(),
+                call,
+                expected,
+                got,
+            }));
+        }
+        let pending = LocalPending {
+            world: self.world.clone(),
+            id: self.id.clone(),
+            rank: self.rank,
+            call,
+            before: post.before.clone(),
+            after: post.after.clone(),
+        };
+        round.posts[self.rank] = Some(post);
+        drop(state);
+        self.world.changed.notify_all();
+        Ok(Box::new(pending))
+    }
+
+    fn subgroup(&self, members: &[usize]) -> Result<Arc<dyn Transport>, CommError> {
+        let refuse = |rule| CommError::Members {
+            rank: self.rank,
+            size: self.size(),
+            members: members.to_vec(),
+            rule,
+        };
+        if members.iter().any(|&member| member >= self.size()) {
+            return Err(refuse("each member must be a rank of the group"));
+        }
+        let mut sorted = members.to_vec();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if sorted.len() != members.len() {
+            return Err(refuse("each member may be named once"));
+        }
+        let Some(rank) = members.iter().position(|&member| member == self.rank) else {
+            return Err(refuse("the rank that asks must be a member"));
+        };
+        let world_ranks: Vec<_> = members
+            .iter()
+            .map(|&member| self.id.members[member])
+            .collect();
+        let mut made = self
+            .subgroups
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let count = made.entry(world_ranks.clone()).or_insert(0);
+        *count += 1;
+        Ok(Arc::new(Self {
+            world: self.world.clone(),
+            id: Arc::new(GroupId {
+                members: world_ranks,
+                parent: Some(self.id.clone()),
+                number: *count,
+            }),
+            rank,
+            sequence: AtomicU64::new(0),
+            subgroups: Mutex::new(HashMap::new()),
+        }))
+    }
+
+    fn abort(&self, cause: CommError) {
+        self.world.fail(cause);
+    }
+}
+
+impl LocalTransport {
+    fn disagreement(&self, mine: &Post, other: usize, theirs: &Post) -> Option<CommError> {
+        let rank = self.world_rank();
+        let other = self.id.members[other];
+        if mine.call != theirs.call {
+            return Some(CommError::Mismatch {
+                rank,
+                call: mine.call.clone(),
+                other,
+                other_call: theirs.call.clone(),
+            });
+        }
+        (mine.before != theirs.before || mine.after != theirs.after).then(|| {
+            CommError::Partitions {
+                rank,
+                call: mine.call.clone(),
+                other,
+            }
+        })
+    }
+}
+
+struct LocalPending {
+    world: Arc<World>,
+    id: Arc<GroupId>,
+    rank: usize,
+    call: Call,
+    before: Arc<Blocks>,
+    after: Arc<Blocks>,
+}
+
+impl Pending for LocalPending {
+    fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
+        let start = Instant::now();
+        let size = self.id.members.len();
+        let transfers: Vec<_> = (0..size)
+            .map(|source| self.before.transfers(&self.after, source, self.rank))
+            .collect();
+        let sources = {
+            let _span = tracing::info_span!("waiting", call = %self.call).entered();
+            self.gather(&transfers, start, deadline)?
+        };
+        let waited = start.elapsed();
+        let shape = self.after.local_shape(self.rank);
+        let sources = sources
+            .into_iter()
+            .zip(transfers)
+            .map(|(tensor, transfers)| Source { tensor, transfers })
+            .filter(|source| !source.transfers.is_empty())
+            .collect::<Vec<_>>();
+        let _span = tracing::info_span!("communication", call = %self.call).entered();
+        let tensor = if sources.is_empty() {
+            let own = self.own_tensor()?;
+            Tensor::zeros(shape, (&own.device(), own.dtype()))
+        } else {
+            assemble(shape, sources)
+        };
+        self.take();
+        Ok(Arrival {
+            tensor,
+            waited,
+            moved: start.elapsed() - waited,
+        })
+    }
+}
+
+impl LocalPending {
+    fn key(&self) -> (Arc<GroupId>, u64) {
+        (self.id.clone(), self.call.sequence)
+    }
+
+    /// Waits until every rank that sends here has posted, and returns all tensors that were posted by then,
+    /// the rank's own in place of those that are not needed.
+    fn gather(
+        &self,
+        transfers: &[Vec<crate::blocks::Transfer>],
+        start: Instant,
+        deadline: Instant,
+    ) -> Result<Vec<Tensor<DIMS>>, CommError> {
+        let key = self.key();
+        let mut state = self.world.lock();
+        loop {
+            if let Some(fate) = &state.fate {
+                return Err(fate.clone());
+            }
+            let Some(round) = state.rounds.get(&key) else {
+                unreachable!("a round lasts until every member has taken its part");
+            };
+            let missing: Vec<usize> = (0..self.id.members.len())
+                .filter(|&rank| !transfers[rank].is_empty() && round.posts[rank].is_none())
+                .collect();
+            if missing.is_empty() {
+                let own = round.posts[self.rank].as_ref();
+                return Ok(round
+                    .posts
+                    .iter()
+                    .filter_map(|post| post.as_ref().or(own))
+                    .map(|post| post.tensor.clone())
+                    .collect());
+            }
+            let missing: Vec<usize> = missing.iter().map(|&rank| self.id.members[rank]).collect();
+            let rank = self.id.members[self.rank];
+            let ended = missing.iter().find(|&&rank| state.ranks[rank].ended);
+            let error = if let Some(&ended) = ended {
+                Some(CommError::PeerEnded {
+                    rank,
+                    call: self.call.clone(),
+                    ended,
+                })
+            } else if Instant::now() >= deadline {
+                Some(CommError::Unanswered {
+                    rank,
+                    call: self.call.clone(),
+                    missing,
+                    waited: start.elapsed(),
+                })
+            } else {
+                None
+            };
+            if let Some(error) = error {
+                drop(state);
+                return Err(self.world.fail(error));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            (state, _) = self
+                .world
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn own_tensor(&self) -> Result<Tensor<DIMS>, CommError> {
+        let state = self.world.lock();
+        if let Some(fate) = &state.fate {
+            return Err(fate.clone());
+        }
+        let post = state
+            .rounds
+            .get(&self.key())
+            .and_then(|round| round.posts[self.rank].as_ref());
+        match post {
+            Some(post) => Ok(post.tensor.clone()),
+            None => unreachable!("a round lasts until every member has taken its part"),
+        }
+    }
+
+    /// Notes that this rank has its part; the last to do so ends the round and frees the tensors.
+    fn take(&self) {
+        let key = self.key();
+        let mut state = self.world.lock();
+        let size = self.id.members.len();
+        let done = state.rounds.get_mut(&key).is_some_and(|round| {
+            round.taken += 1;
+            round.taken == size
+        });
+        let freed = if done {
+            state.rounds.remove(&key)
+        } else {
+            None
+        };
+        drop(state);
+        drop(freed);
+    }
+}

@@ -1,0 +1,82 @@
+//! What moves tensors between ranks: one primitive, [`Transport::start`], and [`Pending::wait`].
+//!
+//! An [`Exchange`] says who holds what of a global tensor before and after; everything that a transport must
+//! do follows from it ([`Blocks::transfers`]). The [`local`] transport hands tensors over by handle and copies
+//! once, straight from the peers' memory; engines that send messages pack the same boxes. A blocking
+//! collective is `start` and `wait`; overlapping one is doing something in between.
+
+mod copy;
+pub mod local;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::tensor::Tensor;
+
+use crate::blocks::{Blocks, DIMS};
+use crate::error::{CommError, Tracking};
+use crate::ledger::Collective;
+
+/// One rank's part in a collective.
+#[derive(Debug, Clone)]
+pub struct Exchange {
+    /// Which collective, for errors and the ledger.
+    pub collective: Collective,
+    /// Whether a backward pass will answer it; all ranks must agree.
+    pub tracking: Tracking,
+    /// This rank's block, outside of any autodiff graph.
+    pub tensor: Tensor<DIMS>,
+    /// Who holds what now.
+    pub before: Arc<Blocks>,
+    /// Who holds what afterwards. What several ranks contribute to is summed in rank order.
+    pub after: Arc<Blocks>,
+}
+
+/// What an exchange brought.
+#[derive(Debug)]
+pub struct Arrival {
+    /// This rank's block of `after`.
+    pub tensor: Tensor<DIMS>,
+    /// How long the other ranks were waited for.
+    pub waited: Duration,
+    /// How long moving the data took.
+    pub moved: Duration,
+}
+
+/// An exchange under way.
+pub trait Pending: Send {
+    /// Waits for what the other ranks send.
+    ///
+    /// # Errors
+    /// [`CommError`], the same root cause on every rank, if a rank fails, calls something else, or does not
+    /// answer before `deadline`.
+    fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError>;
+}
+
+/// One rank's end of an engine that moves tensors within a group.
+pub trait Transport: fmt::Debug + Send + Sync {
+    /// This rank within the group.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks in the group.
+    fn size(&self) -> usize;
+
+    /// Enters an exchange; returns at once.
+    ///
+    /// # Errors
+    /// [`CommError::Mismatch`] if another rank is known to have called something else, or the root cause if
+    /// the group has failed already.
+    fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError>;
+
+    /// The end of a sub-group. All its members call this in the same order, with the same `members`: ranks
+    /// of this group, in the order of their ranks in the new one.
+    ///
+    /// # Errors
+    /// [`CommError::Members`] if this rank is not a member, or the list is not one of distinct ranks.
+    fn subgroup(&self, members: &[usize]) -> Result<Arc<dyn Transport>, CommError>;
+
+    /// Fails the group, its parents and its sub-groups: every rank's next or present call returns the first
+    /// `cause` that was given.
+    fn abort(&self, cause: CommError);
+}

@@ -1,0 +1,67 @@
+//! Sequence-parallel strategies: one file and one feature each, sharing nothing but `dsp-core`.
+//!
+//! A strategy is a value. [`all`] lists those that are compiled in; [`by_name`] finds one; or name the type:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use dsp_core::SequenceParallel;
+//!
+//! # #[cfg(all(feature = "dsp", feature = "ulysses"))] {
+//! let swapped_by_a_value: Arc<dyn SequenceParallel> = if cfg!(debug_assertions) {
+//!     Arc::new(dsp_strategies::Dsp)
+//! } else {
+//!     Arc::new(dsp_strategies::Ulysses)
+//! };
+//! # let _ = swapped_by_a_value;
+//! # }
+//! ```
+//!
+//! A new strategy is one new file, and its line in the list below.
+
+use std::sync::Arc;
+
+use dsp_core::SequenceParallel;
+
+/// Declares each strategy's module and type, and registers it.
+macro_rules! strategies {
+    ($($(#[$feature:meta])* $module:ident :: $strategy:ident,)*) => {
+        $($(#[$feature])* mod $module; $(#[$feature])* pub use $module::$strategy;)*
+
+        /// Every strategy that is compiled in, serial first.
+        pub fn all() -> Vec<Arc<dyn SequenceParallel>> {
+            vec![$($(#[$feature])* Arc::new($strategy),)*]
+        }
+    };
+}
+
+strategies! {
+    serial::Serial,
+    #[cfg(feature = "dsp")] dsp::Dsp,
+    #[cfg(feature = "ulysses")] ulysses::Ulysses,
+}
+
+/// A name that no compiled-in strategy has.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no strategy is called {name:?}; compiled in are: {}", known.join(", "))]
+pub struct UnknownStrategy {
+    /// The name.
+    pub name: String,
+    /// The names that there are.
+    pub known: Vec<&'static str>,
+}
+
+/// The strategy of that name.
+///
+/// # Errors
+/// [`UnknownStrategy`] with the names that there are.
+pub fn by_name(name: &str) -> Result<Arc<dyn SequenceParallel>, UnknownStrategy> {
+    let strategies = all();
+    let known = strategies.iter().map(|strategy| strategy.name()).collect();
+    strategies
+        .into_iter()
+        .find(|strategy| strategy.name() == name)
+        .ok_or_else(|| UnknownStrategy {
+            name: name.to_owned(),
+            known,
+        })
+}

@@ -1,0 +1,89 @@
+//! Commands: how they are started, shown and judged.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+/// The cargo that runs this task, without the variables that it set for this package: a build
+/// script that watches one of them would otherwise run again, and its crate be compiled twice.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_"]
+            .iter()
+            .any(|own| name.starts_with(own))
+        {
+            command.env_remove(&*name);
+        }
+    }
+    command
+}
+
+/// Shows `command`, runs it with this process's input and output, and fails if it does.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let line = shown(command);
+    println!("$ {line}");
+    let status = command
+        .status()
+        .with_context(|| format!("starting `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}
+
+/// What `command` prints on its standard output; fails if it does.
+pub(crate) fn output(command: &mut Command) -> Result<Vec<u8>> {
+    let line = shown(command);
+    let output = command
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("starting `{line}`"))?;
+    if !output.status.success() {
+        bail!("`{line}` failed: {}", output.status);
+    }
+    Ok(output.stdout)
+}
+
+/// Whether cargo has the subcommand `name`.
+pub(crate) fn installed(name: &str) -> bool {
+    answers(cargo().args([name, "--version"]))
+}
+
+/// Whether `command` can be started and succeeds, whatever it prints.
+pub(crate) fn answers(command: &mut Command) -> bool {
+    command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// The workspace's own packages as their manifests declare them; nothing is downloaded for this.
+pub(crate) fn metadata() -> Result<Value> {
+    let json = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    serde_json::from_slice(&json).context("reading cargo's metadata")
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target_directory() -> Result<PathBuf> {
+    let metadata = metadata()?;
+    let directory = metadata["target_directory"].as_str();
+    Ok(directory
+        .context("cargo's metadata names no target_directory")?
+        .into())
+}
+
+/// `command` as a person would type it.
+fn shown(command: &Command) -> String {
+    let program = std::path::Path::new(command.get_program());
+    let name = program.file_name().unwrap_or(command.get_program());
+    let words = std::iter::once(name).chain(command.get_args());
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
