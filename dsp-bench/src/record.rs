@@ -260,7 +260,7 @@ impl Comparison {
             let case = row.case();
             match &row.outcome {
                 Outcome::Unequal { equality } => faults.push(format!(
-                    "{case} is NOT equal to serial ({} against {} allowed) and was not timed",
+                    "{case} is NOT equal to serial (relative error {}, allowed {}) and was not timed",
                     scientific(equality.worst_relative()),
                     scientific(equality.tolerance)
                 )),
@@ -841,7 +841,9 @@ mod tests {
         );
         let finding = comparison.finding();
         assert!(
-            finding.starts_with("Ring on 2 ranks is NOT equal to serial (5e-1"),
+            finding.starts_with(
+                "Ring on 2 ranks is NOT equal to serial (relative error 5e-1, allowed 2e-5)"
+            ),
             "{finding}"
         );
         assert!(

@@ -3,7 +3,7 @@
 //! The page is `report.html` (minijinja); the charts are horizontal bars by charts-rs, each drawn
 //! twice, for light and for dark pages, of which the page's style shows one.
 
-use charts_rs::{Align, Color, HorizontalBarChart, Series};
+use charts_rs::{Color, HorizontalBarChart, Series};
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
@@ -41,6 +41,7 @@ pub fn render(comparison: &Comparison, trace: Option<&str>) -> Result<String, Re
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.add_filter("bytes", bytes);
     environment.add_filter("seconds", seconds);
+    environment.add_filter("grouped", grouped);
     environment.add_filter("scientific", |value: Option<f64>| {
         scientific(value.unwrap_or(f64::INFINITY))
     });
@@ -202,7 +203,7 @@ fn reasons(comparison: &Comparison) -> Vec<Reason> {
                 Outcome::Unequal { equality } => (
                     "not equal",
                     format!(
-                        "off by {} where {} is allowed, so it was not timed",
+                        "largest relative error: {}; allowed: {}; so it was not timed",
                         scientific(equality.worst_relative()),
                         scientific(equality.tolerance)
                     ),
@@ -223,65 +224,138 @@ struct Chart {
     stacked: bool,
     unit: &'static str,
     cases: Vec<String>,
-    series: Vec<(&'static str, Vec<f32>)>,
+    series: Vec<(&'static str, Colour, Vec<f32>)>,
 }
 
-/// The three colours of a page's series, told apart by lightness too.
+/// A series' place in the palette; `report.html` has the same three, for the legends.
+#[derive(Debug, Clone, Copy)]
+enum Colour {
+    Blue,
+    Orange,
+    Grey,
+}
+
+/// The palette on a light page and on a dark one, told apart by lightness too.
 const LIGHT: [(u8, u8, u8); 3] = [(44, 95, 163), (232, 145, 45), (160, 168, 178)];
 const DARK: [(u8, u8, u8); 3] = [(110, 163, 232), (242, 166, 74), (110, 118, 130)];
 
+/// A chart as the template takes it.
+#[derive(Debug, Clone)]
+struct Drawn {
+    light: Value,
+    dark: Value,
+    legend: Vec<(&'static str, &'static str)>,
+}
+
+impl From<Drawn> for Value {
+    fn from(drawn: Drawn) -> Self {
+        let legend: Vec<Value> = drawn
+            .legend
+            .into_iter()
+            .map(|(name, colour)| context! { name, colour })
+            .collect();
+        context! { light => drawn.light, dark => drawn.dark, legend }
+    }
+}
+
 impl Chart {
-    /// Both drawings, light and dark.
-    fn svg(&self) -> Result<[Value; 2], ReportError> {
-        Ok([
-            Value::from_safe_string(self.draw(false)?),
-            Value::from_safe_string(self.draw(true)?),
-        ])
+    /// Both drawings and the legend, which is HTML: its font is the page's.
+    fn svg(&self) -> Result<Drawn, ReportError> {
+        Ok(Drawn {
+            light: Value::from_safe_string(self.draw(false)?),
+            dark: Value::from_safe_string(self.draw(true)?),
+            legend: self
+                .series
+                .iter()
+                .map(|(name, colour, _)| (*name, colour.class()))
+                .collect(),
+        })
+    }
+
+    /// The end of the axis and its parts: round numbers that leave the longest bar room.
+    fn axis(&self) -> (f32, usize) {
+        let bars = (0..self.cases.len()).map(|case| {
+            let values = self.series.iter().map(|(_, _, values)| values[case]);
+            if self.stacked {
+                values.sum()
+            } else {
+                values.fold(0.0, f32::max)
+            }
+        });
+        let longest = bars.fold(0.0, f32::max);
+        if longest <= 0.0 || !longest.is_finite() {
+            return (1.0, 4);
+        }
+        let magnitude = 10_f32.powf(longest.log10().floor());
+        let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0]
+            .into_iter()
+            .map(|part| part * magnitude)
+            .find(|step| longest <= 6.0 * step)
+            .unwrap_or(2.0 * magnitude);
+        let parts = (longest / step).ceil().max(1.0);
+        (parts * step, parts as usize)
     }
 
     fn draw(&self, dark: bool) -> Result<String, ReportError> {
         let text: Color = if dark { (205, 211, 220) } else { (60, 66, 76) }.into();
         let line: Color = if dark { (60, 66, 76) } else { (221, 225, 231) }.into();
         let palette = if dark { DARK } else { LIGHT };
-        let bar_height = match (self.stacked, self.series.len()) {
-            (true, _) | (_, 1) => 30.0,
-            _ => 44.0,
-        };
+        let case_height = if self.stacked { 30.0 } else { 44.0 };
 
+        // charts-rs lays the first case lowest, and the first of a case's bars highest.
         let series = self
             .series
             .iter()
-            .map(|(name, values)| {
-                let mut series = Series::new((*name).to_owned(), values.clone());
+            .map(|(name, colour, values)| {
+                let values = values.iter().rev().copied().collect();
+                let mut series = Series::new((*name).to_owned(), values);
+                series.index = Some(*colour as usize);
                 series.stack = self.stacked.then(|| "all".to_owned());
                 series
             })
             .collect();
-        let mut chart = HorizontalBarChart::new(series, self.cases.clone());
-        chart.width = 860.0;
-        chart.height = 80.0 + bar_height * self.cases.len() as f32;
-        chart.margin = (4.0, 24.0, 4.0, 4.0).into();
+        // The spaces keep the names off the axis where the page's font is wider than the chart's.
+        let cases = self.cases.iter().rev();
+        let cases = cases
+            .map(|case| format!("{case}\u{a0}\u{a0}\u{a0}\u{a0}\u{a0}"))
+            .collect();
+        let mut chart = HorizontalBarChart::new(series, cases);
+        chart.width = 900.0;
+        chart.height = 40.0 + case_height * self.cases.len() as f32;
+        chart.margin = (4.0, 6.0, 40.0, 4.0).into();
         chart.background_color = Color::transparent();
         chart.font_family = "Roboto, system-ui, sans-serif".to_owned();
-        chart.title.text = String::new();
-        chart.legend.show = Some(self.series.len() > 1);
-        chart.legend.align = Align::Left;
-        chart.legend.font.color = text;
+        chart.legend.show = Some(false);
         chart.x_axis.font.color = text;
-        chart.x_axis.font.size = 13.0;
+        chart.x_axis.font.size = 14.0;
         chart.x_axis.stroke_color = line;
         chart.grid.stroke_color = line;
         chart.series.colors = palette.into_iter().map(Color::from).collect();
+        let (end, parts) = self.axis();
         let mut values = chart.y_axis_configs.first().cloned().unwrap_or_default();
         values.font.color = text;
+        values.font.size = 13.0;
         values.stroke_color = line;
         values.min = Some(0.0);
+        values.max = Some(end);
+        values.split_number = parts;
         values.formatter = Some(format!("{{c}} {}", self.unit));
         chart.y_axis_configs = vec![values];
         chart.svg().map_err(|source| ReportError::Chart {
             chart: self.about,
             source,
         })
+    }
+}
+
+impl Colour {
+    /// Its class in the page's style.
+    fn class(self) -> &'static str {
+        match self {
+            Self::Blue => "blue",
+            Self::Orange => "orange",
+            Self::Grey => "grey",
+        }
     }
 }
 
@@ -296,14 +370,14 @@ fn time_chart(comparison: &Comparison) -> Chart {
         ("s", 1.0)
     };
     let mut series = vec![
-        ("compute", Vec::new()),
-        ("communication", Vec::new()),
-        ("waiting", Vec::new()),
+        ("compute", Colour::Blue, Vec::new()),
+        ("communication", Colour::Orange, Vec::new()),
+        ("waiting", Colour::Grey, Vec::new()),
     ];
     let mut cases = Vec::new();
     for (row, measured) in comparison.timed() {
         let mean = measured.time.mean();
-        for ((_, values), part) in series.iter_mut().zip([
+        for ((_, _, values), part) in series.iter_mut().zip([
             mean.compute_seconds,
             mean.communication_seconds,
             mean.waiting_seconds,
@@ -311,7 +385,7 @@ fn time_chart(comparison: &Comparison) -> Chart {
             values.push((part * scale) as f32);
         }
         cases.push(format!(
-            "{} × {}{}  {}",
+            "{} × {}{}\u{a0}\u{a0}{}",
             label(&row.strategy),
             row.ranks,
             if row.oversubscribed { "*" } else { "" },
@@ -351,7 +425,7 @@ fn traffic_chart(comparison: &Comparison) -> Chart {
             .iter()
             .map(|(row, sent)| {
                 format!(
-                    "{} × {}  {}",
+                    "{} × {}\u{a0}\u{a0}{}",
                     label(&row.strategy),
                     row.ranks,
                     bytes(sent.measured_bytes)
@@ -359,8 +433,12 @@ fn traffic_chart(comparison: &Comparison) -> Chart {
             })
             .collect(),
         series: vec![
-            ("measured", values(|sent| sent.measured_bytes)),
-            ("by formula", values(|sent| sent.formula_bytes)),
+            ("measured", Colour::Blue, values(|sent| sent.measured_bytes)),
+            (
+                "by formula",
+                Colour::Grey,
+                values(|sent| sent.formula_bytes),
+            ),
         ],
     }
 }
@@ -380,7 +458,7 @@ fn memory_chart(comparison: &Comparison) -> Chart {
         let more = memory.peak_bytes.saturating_sub(memory.before_bytes);
         added.push((more as f64 / scale) as f32);
         cases.push(format!(
-            "{} × {}  {}",
+            "{} × {}\u{a0}\u{a0}{}",
             label(&row.strategy),
             row.ranks,
             bytes(memory.peak_bytes)
@@ -391,7 +469,10 @@ fn memory_chart(comparison: &Comparison) -> Chart {
         stacked: true,
         unit,
         cases,
-        series: vec![("added by the case", added), ("held before it", before)],
+        series: vec![
+            ("held before the case", Colour::Grey, before),
+            ("added by it", Colour::Blue, added),
+        ],
     }
 }
 
@@ -401,6 +482,19 @@ fn byte_unit(most: u64) -> (&'static str, f64) {
         1_000_000..1_000_000_000 => ("MB", 1e6),
         _ => ("GB", 1e9),
     }
+}
+
+/// `18 874 368`, with spaces at which no line breaks.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut grouped = String::new();
+    for (position, digit) in digits.chars().enumerate() {
+        if position > 0 && (digits.len() - position).is_multiple_of(3) {
+            grouped.push('\u{202f}');
+        }
+        grouped.push(digit);
+    }
+    grouped
 }
 
 /// `2026-11-24 07:20 UTC`, from seconds since 1970 (days to a date after Howard Hinnant's
@@ -481,7 +575,7 @@ mod tests {
             "Example 9000",
             "dsp-trace.json",
             "18.9 MB",
-            "37748736",
+            "37\u{202f}748\u{202f}736",
             "1152",
         ] {
             assert!(page.contains(expected), "no {expected:?}");
@@ -515,6 +609,15 @@ mod tests {
             }
         }
         assert!(render(&comparison, None).unwrap().contains("–"));
+    }
+
+    #[test]
+    fn digits_stand_in_groups_of_three() {
+        let all = [0, 999, 1_000, 18_874_368].map(grouped);
+        assert_eq!(
+            all,
+            ["0", "999", "1\u{202f}000", "18\u{202f}874\u{202f}368"]
+        );
     }
 
     #[test]

@@ -474,6 +474,45 @@ impl Shard {
         Self::new(function(self.tensor), self.layout, self.rank)
     }
 
+    /// The sum of two shards that are laid out alike: a residual connection.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unexpected`] if they are laid out differently.
+    pub fn add(self, other: Self) -> Result<Self, LayoutError> {
+        if self.layout != other.layout {
+            return Err(LayoutError::Unexpected {
+                place: "a sum of shards",
+                expected: Box::new(self.layout),
+                got: Box::new(other.layout),
+            });
+        }
+        self.map(|x| x + other.tensor)
+    }
+
+    /// The channels in `N` equal parts: a fused query-key-value projection's three.
+    ///
+    /// # Panics
+    /// If `N` does not divide the channels.
+    pub fn chunks<const N: usize>(self) -> [Self; N] {
+        let channels = self.tensor.dims()[4];
+        assert!(
+            channels.is_multiple_of(N),
+            "{channels} channels do not fall into {N} equal parts"
+        );
+        let width = channels / N;
+        std::array::from_fn(|part| Self {
+            tensor: self.tensor.clone().narrow(4, part * width, width),
+            layout: self.layout.clone(),
+            rank: self.rank,
+        })
+    }
+
+    /// The same part outside of any autodiff graph.
+    pub fn detach(mut self) -> Self {
+        self.tensor = self.tensor.inner();
+        self
+    }
+
     /// The same local tensor, declared to hold complete values or partial sums.
     pub fn with_value(mut self, value: Value) -> Self {
         self.layout.value = value;

@@ -25,8 +25,10 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
+use burn::nn::Linear;
 use burn::optim::GradientsParams;
+use burn::tensor::module::linear;
 use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::attention::{self, Attended, Heads, Logsumexp, Mask};
@@ -816,5 +818,16 @@ impl<'a> StageRun<'a> {
         let _span = tracing::info_span!("leave", stage = %scope.stage.name).entered();
         let x = self.session.strategy.leave(x, bias, &scope)?;
         Ok(Self::expect("leave", &scope.plan.residual, x)?)
+    }
+
+    /// [`leave`](Self::leave) through a sub-layer's last projection, whose bias is added once, after any
+    /// reduction.
+    ///
+    /// # Errors
+    /// As [`leave`](Self::leave).
+    pub fn project(&self, x: Shard, projection: &Linear) -> Result<Shard, Error> {
+        let weight = projection.weight.val();
+        let x = x.map(|x| linear(x, weight, None))?;
+        self.leave(x, projection.bias.as_ref().map(Param::val))
     }
 }

@@ -3,6 +3,14 @@
 //! Each fixture's own metadata names its source, layout and cases. The references were computed in
 //! f64 and stored in f32.
 #![cfg(feature = "flex")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that cannot read its fixture has failed"
+)]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "positions are lists of ranges"
+)]
 
 use std::fs;
 use std::path::Path;

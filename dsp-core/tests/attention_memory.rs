@@ -2,6 +2,10 @@
 //!
 //! A test binary of its own, with one test: the allocator counts for the whole process.
 #![cfg(feature = "flex")]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "positions are lists of ranges"
+)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -676,7 +676,12 @@ fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usi
     found
 }
 
-#[cfg(all(test, feature = "flex"))]
+#[cfg(test)]
+#[cfg(feature = "flex")]
+#[allow(
+    clippy::single_range_in_vec_init,
+    reason = "positions are lists of ranges"
+)]
 mod tests {
     use proptest::prelude::*;
 

@@ -1,0 +1,21 @@
+//! Strategies head to head on real data, and checked against reference files: the library behind `dsp`.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that it runs on |
+//! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
+//! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
+//! | [`reference`](mod@reference), [`verify`] | tensors made by other people's code, and the comparison with them |
+//! | [`progress`], [`tracefile`], [`allocator`] | what runs now; a Perfetto trace; the memory that is held |
+
+pub mod allocator;
+pub mod clip;
+pub mod compare;
+pub mod progress;
+pub mod record;
+pub mod reference;
+pub mod report;
+pub mod scenario;
+pub mod table;
+pub mod tracefile;
+pub mod verify;

@@ -1,0 +1,407 @@
+//! `dsp verify`: runs serial and every applicable strategy on a reference file and compares every tensor.
+//!
+//! A kind of file ([`KINDS`]) knows how to turn it into [`Case`]s; a case runs under any strategy on any
+//! number of ranks and returns its tensors by the file's names. Whatever tensor of the file is no input must
+//! come back, and is compared; a gradient of a parameter after the sum over the ranks.
+
+mod attention;
+mod stdit;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::DType;
+use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
+use dsp_core::{Launch, LaunchError, PlanError, SequenceParallel};
+use serde::Serialize;
+
+use crate::record::{RELATIVE_FLOOR, scientific};
+use crate::reference::{Reference, ReferenceError, Stored};
+use crate::scenario::Precision;
+
+/// The tensors that a run produced, by the reference file's names.
+pub type Produced = BTreeMap<String, Stored>;
+
+/// One model and its inputs out of a reference file.
+pub trait Case: Send + Sync {
+    /// Its name within the file; empty if the file is one case.
+    fn name(&self) -> &str;
+
+    /// Runs it on this rank and returns the whole tensors; every rank returns the same.
+    ///
+    /// # Errors
+    /// Whatever ends the run; a [`PlanError`] before any work is a refusal.
+    fn run(
+        &self,
+        strategy: Arc<dyn SequenceParallel>,
+        group: dsp_core::Group,
+        dtype: DType,
+    ) -> Result<Produced, CaseError>;
+}
+
+/// What ends a case on a rank.
+#[derive(Debug, thiserror::Error)]
+pub enum CaseError {
+    /// The strategy refuses the model.
+    #[error(transparent)]
+    Refused(#[from] PlanError),
+    /// The run failed.
+    #[error(transparent)]
+    Core(#[from] dsp_core::Error),
+    /// The model failed.
+    #[error("{0}")]
+    Model(String),
+}
+
+impl From<dsp_core::CommError> for CaseError {
+    fn from(error: dsp_core::CommError) -> Self {
+        Self::Core(error.into())
+    }
+}
+
+impl From<dsp_core::layout::LayoutError> for CaseError {
+    fn from(error: dsp_core::layout::LayoutError) -> Self {
+        Self::Core(error.into())
+    }
+}
+
+type Open = fn(&Reference) -> Result<Vec<Arc<dyn Case>>, ReferenceError>;
+
+/// The kinds of files that are known, and what opens them.
+const KINDS: [(&str, Open); 4] = [
+    ("attention", attention::open),
+    ("stdit3_block", stdit::open_block),
+    ("stdit3_block_xmask", stdit::open_block),
+    ("stdit3_model", stdit::open_model),
+];
+
+/// What is verified, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The float type of the run.
+    pub precision: Precision,
+    /// The largest error allowed, relative to `max(max|reference|, 1e-3)`.
+    pub tolerance: f64,
+    /// The numbers of ranks.
+    pub ranks: Vec<usize>,
+}
+
+/// One finding of a verification.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "record", rename_all = "snake_case")]
+pub enum Record {
+    /// A tensor compared with the file's.
+    Comparison {
+        /// The file.
+        file: String,
+        /// Its kind.
+        kind: String,
+        /// The case within it.
+        case: String,
+        /// The tensor.
+        tensor: String,
+        /// The strategy.
+        strategy: String,
+        /// The ranks.
+        ranks: usize,
+        /// The float type.
+        dtype: Precision,
+        /// `max|Δ| / max(max|reference|, 1e-3)`; null if not finite.
+        error: f64,
+        /// The largest error allowed.
+        tolerance: f64,
+        /// Whether it is within it.
+        pass: bool,
+    },
+    /// A strategy that cannot run a case, and says so.
+    Refusal {
+        /// The file.
+        file: String,
+        /// Its kind.
+        kind: String,
+        /// The case within it.
+        case: String,
+        /// The strategy.
+        strategy: String,
+        /// The ranks.
+        ranks: usize,
+        /// Its reason.
+        reason: String,
+    },
+}
+
+/// Why a verification could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// The file cannot be used.
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// A run failed.
+    #[error("{}: {case}: {strategy} on {ranks} ranks failed", path.display())]
+    Run {
+        /// The file.
+        path: PathBuf,
+        /// The case.
+        case: String,
+        /// The strategy.
+        strategy: &'static str,
+        /// The ranks.
+        ranks: usize,
+        /// The cause.
+        source: LaunchError,
+    },
+}
+
+/// Verifies one file. `progress` is told what runs.
+///
+/// # Errors
+/// [`VerifyError`] if the file cannot be used or a run fails; an error past the tolerance is a record.
+pub fn verify(
+    path: &Path,
+    options: &Options,
+    progress: &dyn Fn(&str),
+) -> Result<Vec<Record>, VerifyError> {
+    let reference = Reference::read(path)?;
+    let Some((kind, open)) = KINDS.iter().find(|(kind, _)| *kind == reference.kind()) else {
+        return Err(ReferenceError::Kind {
+            path: path.to_owned(),
+            kind: reference.kind().to_owned(),
+            known: KINDS.iter().map(|(kind, _)| *kind).collect(),
+        }
+        .into());
+    };
+    let cases = open(&reference)?;
+    let expected = reference.expected();
+    if expected.is_empty() {
+        return Err(ReferenceError::Empty {
+            path: path.to_owned(),
+        }
+        .into());
+    }
+    let file = path.display().to_string();
+    let mut records = Vec::new();
+    let mut compared = BTreeSet::new();
+    for case in &cases {
+        for strategy in dsp_strategies::all() {
+            for &ranks in &options.ranks {
+                if strategy.name() == "serial" && ranks != 1 {
+                    continue;
+                }
+                progress(&format!("{kind} {} · {} × {ranks}", case.name(), strategy.name()));
+                let labels = || (file.clone(), (*kind).to_owned(), case.name().to_owned());
+                match run(case, &strategy, ranks, options.precision) {
+                    Ok(Ok(produced)) => {
+                        for (tensor, stored) in produced {
+                            let Some(wanted) = expected.get(&tensor) else {
+                                continue;
+                            };
+                            let error = relative_error(&stored, wanted);
+                            let (file, kind, case) = labels();
+                            records.push(Record::Comparison {
+                                file,
+                                kind,
+                                case,
+                                tensor: tensor.clone(),
+                                strategy: strategy.name().to_owned(),
+                                ranks,
+                                dtype: options.precision,
+                                error,
+                                tolerance: options.tolerance,
+                                pass: error <= options.tolerance,
+                            });
+                            compared.insert(tensor);
+                        }
+                    }
+                    Ok(Err(refusal)) => {
+                        let (file, kind, case) = labels();
+                        records.push(Record::Refusal {
+                            file,
+                            kind,
+                            case,
+                            strategy: strategy.name().to_owned(),
+                            ranks,
+                            reason: refusal.to_string(),
+                        });
+                    }
+                    Err(source) => {
+                        return Err(VerifyError::Run {
+                            path: path.to_owned(),
+                            case: case.name().to_owned(),
+                            strategy: strategy.name(),
+                            ranks,
+                            source,
+                        });
+                    }
+                }
+            }
+        }
+    }
+    let unknown: Vec<String> = expected
+        .keys()
+        .filter(|name| !compared.contains(*name))
+        .cloned()
+        .collect();
+    if !unknown.is_empty() {
+        return Err(ReferenceError::Unknown {
+            path: path.to_owned(),
+            kind: (*kind).to_owned(),
+            names: unknown,
+        }
+        .into());
+    }
+    Ok(records)
+}
+
+/// Runs a case: what it produced, or the strategy's refusal.
+fn run(
+    case: &Arc<dyn Case>,
+    strategy: &Arc<dyn SequenceParallel>,
+    ranks: usize,
+    precision: Precision,
+) -> Result<Result<Produced, PlanError>, LaunchError> {
+    let (case, strategy) = (case.clone(), strategy.clone());
+    let dtype = dtype(precision);
+    let launch = Launch::new(ranks).timeout(Duration::from_secs(120));
+    let runs = launch.run(move |group| match case.run(strategy.clone(), group, dtype) {
+        Ok(produced) => Ok(Ok(produced)),
+        // Every rank refuses alike, before any work: no failure of the launch.
+        Err(CaseError::Refused(refusal)) => Ok(Err(refusal)),
+        Err(error) => Err(error),
+    })?;
+    let mut runs = runs.into_iter();
+    Ok(runs.next().unwrap_or_else(|| Ok(Produced::new())))
+}
+
+/// Burn's name of a float type.
+pub fn dtype(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::F64 => DType::F64,
+    }
+}
+
+/// `max|Δ| / max(max|reference|, 1e-3)`; infinite for another shape or a value that is not finite.
+fn relative_error(produced: &Stored, reference: &Stored) -> f64 {
+    if produced.shape != reference.shape {
+        return f64::INFINITY;
+    }
+    let pairs = produced.values.iter().zip(&reference.values);
+    let mut worst = 0.0_f64;
+    for (a, b) in pairs {
+        // A query that sees nothing has the logsumexp −∞ in both.
+        let difference = if a == b { 0.0 } else { (a - b).abs() };
+        if !difference.is_finite() {
+            return f64::INFINITY;
+        }
+        worst = worst.max(difference);
+    }
+    let finite = reference.values.iter().filter(|value| value.is_finite());
+    let largest = finite.fold(0.0_f64, |largest, value| largest.max(value.abs()));
+    worst / largest.max(RELATIVE_FLOOR)
+}
+
+/// A file's records as a table: per case and tensor, the largest error of each strategy over all ranks.
+pub fn table(records: &[Record]) -> String {
+    let mut strategies: Vec<&str> = Vec::new();
+    let mut rows: BTreeMap<(&str, &str), BTreeMap<&str, (f64, usize, bool)>> = BTreeMap::new();
+    for record in records {
+        let Record::Comparison {
+            case,
+            tensor,
+            strategy,
+            ranks,
+            error,
+            pass,
+            ..
+        } = record
+        else {
+            continue;
+        };
+        if !strategies.contains(&strategy.as_str()) {
+            strategies.push(strategy);
+        }
+        let cell = rows
+            .entry((case, tensor))
+            .or_default()
+            .entry(strategy)
+            .or_insert((0.0, *ranks, true));
+        if *error >= cell.0 {
+            (cell.0, cell.1) = (*error, *ranks);
+        }
+        cell.2 &= *pass;
+    }
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(120);
+    let header = ["tensor".to_owned()]
+        .into_iter()
+        .chain(strategies.iter().map(|strategy| format!("{strategy}: error (ranks)")));
+    table.set_header(header);
+    for ((_, tensor), cells) in &rows {
+        let errors = strategies.iter().map(|strategy| match cells.get(strategy) {
+            Some((error, ranks, pass)) => {
+                let mark = if *pass { "" } else { "  FAILS" };
+                format!("{} ({ranks}){mark}", scientific(*error))
+            }
+            None => "-".to_owned(),
+        });
+        table.add_row([(*tensor).to_owned()].into_iter().chain(errors));
+    }
+    table.to_string()
+}
+
+/// The refusals among the records, a line each.
+pub fn refusals(records: &[Record]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for record in records {
+        if let Record::Refusal {
+            case,
+            strategy,
+            ranks,
+            reason,
+            ..
+        } = record
+        {
+            let case = if case.is_empty() {
+                String::new()
+            } else {
+                format!("{case}, ")
+            };
+            let rank = if *ranks == 1 { "rank" } else { "ranks" };
+            lines.push(format!("{case}{strategy} on {ranks} {rank}: not applicable: {reason}"));
+        }
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(values: &[f64]) -> Stored {
+        Stored {
+            shape: vec![values.len()],
+            values: values.to_vec(),
+        }
+    }
+
+    #[test]
+    fn an_error_is_relative_to_the_largest_reference_value_and_to_no_less_than_a_thousandth() {
+        assert_eq!(relative_error(&stored(&[1.0, 4.5]), &stored(&[1.0, 4.0])), 0.125);
+        let tiny = relative_error(&stored(&[1e-6]), &stored(&[0.0]));
+        assert!((tiny - 1e-3).abs() < 1e-15, "{tiny}");
+    }
+
+    #[test]
+    fn another_shape_a_nan_and_an_unmatched_infinity_are_never_equal() {
+        let reference = stored(&[1.0, f64::NEG_INFINITY]);
+        assert_eq!(relative_error(&stored(&[1.0]), &reference), f64::INFINITY);
+        assert_eq!(relative_error(&stored(&[f64::NAN, f64::NEG_INFINITY]), &reference), f64::INFINITY);
+        assert_eq!(relative_error(&stored(&[1.0, 5.0]), &reference), f64::INFINITY);
+        assert_eq!(relative_error(&reference, &reference), 0.0);
+    }
+}

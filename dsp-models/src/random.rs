@@ -1,0 +1,150 @@
+//! Random numbers that depend on nothing but their key and their index: every rank draws the same, in any order.
+//!
+//! Burn's own generator is one for the whole process and its numbers depend on who draws first, so ranks on
+//! threads never use it. This one is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+//! SC 2011): ten rounds of multiplications turn a counter and a key into 128 random bits.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+/// The 128 random bits that belong to a counter, under a key.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let [mut a, mut b, mut c, mut d] = counter;
+    let [mut k, mut l] = key;
+    for _ in 0..10 {
+        let left = u64::from(a) * 0xD251_1F53;
+        let right = u64::from(c) * 0xCD9E_8D57;
+        (a, b, c, d) = (
+            (right >> 32) as u32 ^ b ^ k,
+            right as u32,
+            (left >> 32) as u32 ^ d ^ l,
+            left as u32,
+        );
+        k = k.wrapping_add(0x9E37_79B9);
+        l = l.wrapping_add(0xBB67_AE85);
+    }
+    [a, b, c, d]
+}
+
+/// A sequence of random numbers, named by a seed and a stream.
+#[derive(Debug, Clone)]
+pub struct Draws {
+    key: [u32; 2],
+    stream: u64,
+    next: u64,
+}
+
+impl Draws {
+    /// The stream number `stream` of `seed`, from its beginning. Streams do not overlap.
+    pub fn new(seed: u64, stream: u64) -> Self {
+        Self {
+            key: [seed as u32, (seed >> 32) as u32],
+            stream,
+            next: 0,
+        }
+    }
+
+    /// Two numbers uniform in (0, 1), of 53 bits.
+    fn pair(&mut self) -> [f64; 2] {
+        let (index, stream) = (self.next, self.stream);
+        self.next += 1;
+        let counter = [
+            index as u32,
+            (index >> 32) as u32,
+            stream as u32,
+            (stream >> 32) as u32,
+        ];
+        let [a, b, c, d] = philox(counter, self.key);
+        [(a, b), (c, d)].map(|(high, low)| {
+            let bits = (u64::from(high) << 21) ^ u64::from(low >> 11);
+            (bits as f64 + 0.5) / (1_u64 << 53) as f64
+        })
+    }
+
+    /// `count` numbers uniform in (0, 1).
+    pub fn uniforms(&mut self, count: usize) -> Vec<f64> {
+        self.fill(count, |pair| pair)
+    }
+
+    /// `count` numbers of the standard normal distribution (Box and Muller).
+    pub fn normals(&mut self, count: usize) -> Vec<f64> {
+        self.fill(count, |[u, v]| {
+            let radius = (-2.0 * u.ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * v).sin_cos();
+            [radius * cos, radius * sin]
+        })
+    }
+
+    fn fill(&mut self, count: usize, transform: impl Fn([f64; 2]) -> [f64; 2]) -> Vec<f64> {
+        let mut values = Vec::with_capacity(count + 1);
+        while values.len() < count {
+            values.extend(transform(self.pair()));
+        }
+        values.truncate(count);
+        values
+    }
+
+    /// A tensor of numbers uniform in `(−bound, bound)`, in the device's element type.
+    pub fn uniform<const D: usize>(
+        &mut self,
+        shape: [usize; D],
+        bound: f64,
+        device: &Device,
+    ) -> Tensor<D> {
+        let values = self.uniforms(shape.iter().product());
+        let values: Vec<f32> = (values.into_iter())
+            .map(|value| ((2.0 * value - 1.0) * bound) as f32)
+            .collect();
+        Tensor::from_data(TensorData::new(values, shape), device)
+    }
+
+    /// A tensor of normal numbers with the given standard deviation, in the device's element type.
+    pub fn normal<const D: usize>(
+        &mut self,
+        shape: [usize; D],
+        deviation: f64,
+        device: &Device,
+    ) -> Tensor<D> {
+        let values = self.normals(shape.iter().product());
+        let values: Vec<f32> = (values.into_iter())
+            .map(|value| (value * deviation) as f32)
+            .collect();
+        Tensor::from_data(TensorData::new(values, shape), device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The known answers that the authors distribute with their Random123 library.
+    #[test]
+    fn philox_gives_its_authors_numbers() {
+        assert_eq!(
+            philox([0; 4], [0; 2]),
+            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+        );
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        assert_eq!(
+            philox(
+                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+                [0xa409_3822, 0x299f_31d0]
+            ),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
+    }
+
+    #[test]
+    fn normal_numbers_have_mean_0_and_variance_1_and_streams_differ() {
+        let values = Draws::new(7, 0).normals(100_001);
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        let variance = values.iter().map(|x| x * x).sum::<f64>() / values.len() as f64;
+        assert!(mean.abs() < 0.02, "{mean}");
+        assert!((variance - 1.0).abs() < 0.02, "{variance}");
+        assert_ne!(values[..4], Draws::new(7, 1).normals(4));
+        assert_ne!(values[..4], Draws::new(8, 0).normals(4));
+        assert_eq!(values[..4], Draws::new(7, 0).normals(4));
+    }
+}
