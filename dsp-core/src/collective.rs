@@ -30,6 +30,7 @@ use crate::group::{Group, Request};
 use crate::layout::{Layout, LayoutError, SeqAxis, Shard, Value};
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
+use crate::shape::reshape;
 use crate::vjp;
 
 /// Moves a global tensor from one distribution over the group to another.
@@ -54,25 +55,41 @@ pub fn exchange(
     backward: Collective,
     group: &Group,
 ) -> Result<Tensor<DIMS>, CommError> {
-    let tracking = tracking(&x);
+    let (view, shape) = (x.dims(), after.local_shape(group.rank()));
+    exchange_as(x, view, shape, (before, after), (forward, backward), group)
+}
+
+/// [`exchange`] of a tensor of any rank, seen as `view`; what arrives is seen as `shape`.
+///
+/// The views are taken outside of the graph and cost it no node.
+fn exchange_as<const D: usize>(
+    x: Tensor<D>,
+    view: [usize; DIMS],
+    shape: [usize; D],
+    (before, after): (Arc<Blocks>, Arc<Blocks>),
+    (forward, backward): (Collective, Collective),
+    group: &Group,
+) -> Result<Tensor<D>, CommError> {
+    let (dims, received) = (x.dims(), after.local_shape(group.rank()));
     let y = group.exchange(Request {
         collective: forward,
         phase: Phase::Forward,
-        tracking,
-        tensor: x.clone().inner(),
+        tracking: tracking(&x),
+        tensor: reshape(x.clone().inner(), view),
         before: before.clone(),
         after: after.clone(),
     })?;
     let group = group.clone();
-    Ok(vjp::attach1(x, y, move |gradient| {
-        group.exchange(Request {
+    Ok(vjp::attach1(x, reshape(y, shape), move |gradient| {
+        let gradient = group.exchange(Request {
             collective: backward,
             phase: Phase::Backward,
             tracking: Tracking::Untracked,
-            tensor: gradient,
+            tensor: reshape(gradient, received),
             before: after.clone(),
             after: before.clone(),
-        })
+        })?;
+        Ok::<_, CommError>(reshape(gradient, dims))
     }))
 }
 
@@ -248,18 +265,12 @@ pub fn all_to_all<const D: usize>(
         .clone()
         .with_dim(position(from_dim), DimBlocks::split(from));
     let after = whole.with_dim(position(to_dim), DimBlocks::split(to));
-    let y = exchange(
-        x.reshape(view),
-        Arc::new(before),
-        Arc::new(after),
-        Collective::AllToAll,
-        Collective::AllToAll,
-        group,
-    )?;
     let mut result = dims;
     result[from_dim] = from.length();
     result[to_dim] = to.count(group.rank());
-    Ok(y.reshape(result))
+    let kinds = (Collective::AllToAll, Collective::AllToAll);
+    let blocks = (Arc::new(before), Arc::new(after));
+    exchange_as(x, view, result, blocks, kinds, group)
 }
 
 /// Sums the ranks' tensors; every rank gets the sum, bit for bit the same.
@@ -278,9 +289,14 @@ pub fn all_reduce<const D: usize>(x: Tensor<D>, group: &Group) -> Result<Tensor<
     let partition = Partition::balanced(count, group.size());
     let kinds = (Collective::AllReduce, Collective::AllReduce);
     let (split, whole) = split_and_whole([count], 0, &partition);
-    let x = x.reshape([count]);
-    let sums = along_dim(x, 0, whole.clone(), split.clone(), kinds, group)?;
-    Ok(along_dim(sums, 0, split, whole, kinds, group)?.reshape(dims))
+    // Between the two exchanges each rank has a chunk of the elements, seen as one row.
+    let own = partition.count(group.rank());
+    let (row, chunk) = ([1, count, 1, 1, 1], [1, own, 1, 1, 1]);
+    let mut shape = [1; D];
+    shape[D - 1] = own;
+    let blocks = (whole.clone(), split.clone());
+    let sums = exchange_as(x, row, shape, blocks, kinds, group)?;
+    exchange_as(sums, chunk, dims, (split, whole), kinds, group)
 }
 
 /// Sums untracked tensors over the ranks, outside of the forward and the backward pass.
@@ -296,7 +312,7 @@ pub fn all_reduce_in<const D: usize>(
     let count = x.shape().num_elements();
     let partition = Partition::balanced(count, group.size());
     let (split, whole) = split_and_whole([count], 0, &partition);
-    let mut tensor = x.inner().reshape([1, count, 1, 1, 1]);
+    let mut tensor = reshape(x.inner(), [1, count, 1, 1, 1]);
     for (before, after) in [(&whole, &split), (&split, &whole)] {
         tensor = group.exchange(Request {
             collective: Collective::AllReduce,
@@ -307,7 +323,7 @@ pub fn all_reduce_in<const D: usize>(
             after: after.clone(),
         })?;
     }
-    Ok(tensor.reshape(dims))
+    Ok(reshape(tensor, dims))
 }
 
 /// Gives every rank the root's tensor. All ranks pass a tensor of the same shape; only the root's counts.
@@ -345,7 +361,7 @@ pub fn broadcast<const D: usize>(
     let after = Arc::new(whole.clone());
     let before = Arc::new(whole.with_dim(1, DimBlocks::from_ranges(count, held)));
     let tracking = tracking(&x);
-    let tensor = x.clone().inner().reshape([1, count, 1, 1, 1]);
+    let tensor = reshape(x.clone().inner(), [1, count, 1, 1, 1]);
     let tensor = if rank == root {
         tensor
     } else {
@@ -360,18 +376,18 @@ pub fn broadcast<const D: usize>(
         after: after.clone(),
     })?;
     let group = group.clone();
-    Ok(vjp::attach1(x, y.reshape(dims), move |gradient| {
+    Ok(vjp::attach1(x, reshape(y, dims), move |gradient| {
         let (device, dtype) = (gradient.device(), gradient.dtype());
         let sum = group.exchange(Request {
             collective: Collective::Reduce,
             phase: Phase::Backward,
             tracking: Tracking::Untracked,
-            tensor: gradient.reshape([1, count, 1, 1, 1]),
+            tensor: reshape(gradient, [1, count, 1, 1, 1]),
             before: after.clone(),
             after: before.clone(),
         })?;
         Ok::<_, CommError>(if rank == root {
-            sum.reshape(dims)
+            reshape(sum, dims)
         } else {
             Tensor::zeros(dims, (&device, dtype))
         })
@@ -440,12 +456,10 @@ fn along_dim<const D: usize>(
     dim: usize,
     before: Arc<Blocks>,
     after: Arc<Blocks>,
-    (forward, backward): (Collective, Collective),
+    kinds: (Collective, Collective),
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
-    let mut dims = x.dims();
-    let x = x.reshape(view(dims, dim));
-    dims[dim] = after.dim(1).count(group.rank());
-    let y = exchange(x, before, after, forward, backward, group)?;
-    Ok(y.reshape(dims))
+    let (view, mut shape) = (view(x.dims(), dim), x.dims());
+    shape[dim] = after.dim(1).count(group.rank());
+    exchange_as(x, view, shape, (before, after), kinds, group)
 }

@@ -10,6 +10,7 @@ use burn::tensor::{Gradients, Tensor};
 use crate::collective::all_reduce_in;
 use crate::error::CommError;
 use crate::group::Group;
+use crate::layout::Exactly;
 use crate::ledger::Phase;
 use crate::place::Placed;
 use crate::strategy::Placement;
@@ -92,7 +93,7 @@ impl<F: Fn(ParamId) -> bool> ModuleVisitor for Collect<'_, F> {
         }
         let count = param.shape().num_elements();
         let gradient = match self.gradients.remove::<D>(param.id) {
-            Some(gradient) => gradient.reshape([count]),
+            Some(gradient) => gradient.reshape(Exactly([count])),
             None => {
                 let value = param.val().inner();
                 Tensor::zeros([count], (&value.device(), value.dtype()))
@@ -112,7 +113,7 @@ impl ModuleVisitor for Register<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(&(start, length)) = self.spans.get(&param.id) {
             let sum = self.sums.clone().narrow(0, start, length);
-            let gradient: Tensor<D> = sum.reshape(param.shape());
+            let gradient = sum.reshape(Exactly(param.shape().dims::<D>()));
             self.gradients.register(param.id, gradient);
         }
     }

@@ -16,13 +16,15 @@
 //!        └─────────┘                                  └────┴────┘
 //! ```
 
+use std::convert::Infallible;
 use std::fmt;
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{ReshapeArgs, Shape, Tensor};
 
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::partition::Partition;
+use crate::vjp;
 
 /// A sequence axis of an activation: which of the up to three.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -520,14 +522,42 @@ impl Shard {
     }
 }
 
+/// A shape for [`Tensor::reshape`] that means what it says: in a plain array of Burn's a 0 stands for "as it was",
+/// where an empty block needs it to be 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exactly<const D: usize>(pub [usize; D]);
+
+impl<const D: usize> ReshapeArgs<D> for Exactly<D> {
+    fn into_shape<const S: usize>(self, source: Shape) -> Shape {
+        let shape = Shape::from(self.0);
+        assert_eq!(
+            shape.num_elements(),
+            source.num_elements(),
+            "a reshape from {source} to {shape} keeps the number of elements"
+        );
+        shape
+    }
+}
+
 /// The given ranges of `dim`, end to end.
+///
+/// # Gradient
+/// Zero outside the ranges; also where there are none, so that a rank with an empty block still takes part in
+/// every backward collective. (Burn's own slice of nothing leaves the graph.)
 pub fn select_ranges<const D: usize>(
     tensor: Tensor<D>,
     dim: usize,
     ranges: &[Range<usize>],
 ) -> Tensor<D> {
     match ranges {
-        [] => tensor.slice_dim(dim, 0..0),
+        [] => {
+            let dims = tensor.dims();
+            let nothing = tensor.clone().inner().slice_dim(dim, 0..0);
+            vjp::attach1(tensor, nothing, move |gradient: Tensor<D>| {
+                let like = (&gradient.device(), gradient.dtype());
+                Ok::<_, Infallible>(Tensor::zeros(dims, like))
+            })
+        }
         [range] if *range == (0..tensor.dims()[dim]) => tensor,
         [range] => tensor.narrow(dim, range.start, range.len()),
         ranges => Tensor::cat(

@@ -12,7 +12,7 @@
 //! | [`blocks`] | what must move to get from one distribution of a tensor to another |
 //! | [`group`], [`transport`], [`launch()`] | ranks, sub-groups and meshes; what moves the data; threads as ranks |
 //! | [`collective`], [`reference`] | differentiable collectives; the same as plain functions over all blocks |
-//! | [`vjp`] | a function with a gradient of our own |
+//! | [`vjp`], [`shape`] | a function with a gradient of our own; reshaping that takes empty blocks |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`] | the trait, plans, and the session that walks a model through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
@@ -34,6 +34,7 @@ pub mod ledger;
 pub mod partition;
 pub mod place;
 pub mod reference;
+pub mod shape;
 pub mod strategy;
 pub mod transport;
 pub mod vjp;

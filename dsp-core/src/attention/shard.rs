@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use super::{HeadRange, Mask, Problem, softmax_attention};
 use crate::blocks::DIMS;
 use crate::error::Error;
-use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
+use crate::layout::{AxisSet, Exactly, Layout, SeqAxis, Shard};
 use crate::strategy::AttentionStage;
 
 /// The heads of an attention.
@@ -176,7 +176,7 @@ pub fn attend_held(
         problem,
     );
     let [samples, rows, heads] = lse.dims();
-    let lse = fold.unfold(lse.reshape([samples, rows, heads, 1]));
+    let lse = fold.unfold(lse.reshape(Exactly([samples, rows, heads, 1])));
     Ok((fold.unfold(output), lse))
 }
 
@@ -234,12 +234,12 @@ pub fn cross_attention(
         key_positions: nonempty(0..length),
         scale: (heads.dim as f64).powf(-0.5),
     };
-    let key = key.reshape([batch, length, keys, heads.dim]);
-    let value = value.reshape([batch, length, keys, heads.dim]);
+    let key = key.reshape(Exactly([batch, length, keys, heads.dim]));
+    let value = value.reshape(Exactly([batch, length, keys, heads.dim]));
     Ok(query.map(|query| {
-        let query = query.reshape([batch, rows, queries, heads.dim]);
+        let query = query.reshape(Exactly([batch, rows, queries, heads.dim]));
         let (output, _) = softmax_attention(query, key, value, problem);
-        output.reshape([batch, s1, s2, s3, channels])
+        output.reshape(Exactly([batch, s1, s2, s3, channels]))
     })?)
 }
 
@@ -282,7 +282,7 @@ impl Fold {
         let channels = x.dims()[4];
         let dim = channels.checked_div(heads).unwrap_or(0);
         x.permute(self.order.map(|dim| dim as isize))
-            .reshape([self.samples, self.rows, heads, dim])
+            .reshape(Exactly([self.samples, self.rows, heads, dim]))
     }
 
     fn unfold(&self, x: Tensor<4>) -> Tensor<DIMS> {
@@ -293,7 +293,7 @@ impl Fold {
         for (place, &dim) in self.order.iter().enumerate() {
             back[dim] = place as isize;
         }
-        x.reshape(shape).permute(back)
+        x.reshape(Exactly(shape)).permute(back)
     }
 
     /// The mask with one length for each folded sample.

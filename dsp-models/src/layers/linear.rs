@@ -23,11 +23,6 @@ pub fn project_without_bias<const D: usize>(x: Tensor<D>, layer: &Linear) -> Ten
     burn::tensor::module::linear(x, layer.weight.val(), None)
 }
 
-/// The bias of a layer, to be added elsewhere.
-pub(crate) fn bias(layer: &Linear) -> Option<Tensor<1>> {
-    layer.bias.as_ref().map(Param::val)
-}
-
 /// A trainable parameter.
 pub(crate) fn parameter<const D: usize>(value: Tensor<D>) -> Param<Tensor<D>> {
     Param::from_tensor(value)

@@ -7,6 +7,7 @@ mod norm;
 mod rotary;
 mod sincos;
 
+pub(crate) use linear::buffer;
 pub use linear::{linear, project_without_bias};
 pub use mlp::{Mlp, gelu_tanh};
 pub use norm::{RmsNorm, layer_norm, unit_rms};

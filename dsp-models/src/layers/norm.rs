@@ -37,7 +37,7 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
 /// With `x̂` the result and `r = 1/√(mean(x²) + ε)`: `r·(g − x̂·mean(g·x̂))`.
 pub fn unit_rms<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
     let inner = x.clone().inner();
-    let scale = |x: &Tensor<D>| {
+    let scale = move |x: &Tensor<D>| {
         let square = (x.clone() * x.clone()).mean_dim(D - 1);
         square.add_scalar(epsilon).sqrt().recip()
     };

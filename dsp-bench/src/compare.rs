@@ -1,0 +1,430 @@
+//! `dsp compare`: runs a model on a clip under every strategy on every number of ranks.
+//!
+//! Each case is first held to serial: output, input gradient, every parameter's gradient. One that differs is
+//! not timed. Then it runs alone, several times, and each rank's ledger says what it sent and how long it
+//! waited.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{DType, TensorData};
+use dsp_core::collective::all_reduce_in;
+use dsp_core::ledger::{Phase, Traffic as LedgerReading};
+use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
+use dsp_strategies::UnknownStrategy;
+
+use crate::clip::ClipError;
+use crate::progress::Progress;
+use crate::record::{
+    CollectiveCount, Comparison, Difference, Equality, Measured, Memory, Outcome, RankSeconds,
+    RankTraffic, Sent, Timing, Traffic, seconds,
+};
+use crate::scenario::{Passes, Scenario, ScenarioError};
+use crate::subject::{Gradients, Subject, SubjectError};
+
+/// Why a comparison cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CompareError {
+    /// The scenario names something that is not there.
+    #[error(transparent)]
+    Scenario(#[from] ScenarioError),
+    /// A strategy that is not compiled in.
+    #[error(transparent)]
+    Strategy(#[from] UnknownStrategy),
+    /// The clip cannot be used.
+    #[error(transparent)]
+    Clip(#[from] ClipError),
+    /// The model cannot be built or run.
+    #[error(transparent)]
+    Subject(#[from] SubjectError),
+    /// Serial itself cannot run the model: there is nothing to compare with.
+    #[error("serial cannot run the scenario's model: {0}")]
+    SerialRefused(PlanError),
+    /// Serial itself failed: there is nothing to compare with.
+    #[error("serial failed, so there is nothing to compare with")]
+    SerialFailed(#[source] LaunchError),
+}
+
+/// What a comparison asks of the process that it runs in.
+pub trait Meter {
+    /// Begins a new peak of memory, and returns what is held now, in bytes.
+    fn reset_peak(&self) -> u64;
+
+    /// The most that was held since, in bytes.
+    fn peak(&self) -> u64;
+
+    /// Whether spans are traced from now on.
+    fn set_recording(&self, recording: bool);
+}
+
+/// A strategy on a number of ranks.
+#[derive(Debug, Clone)]
+pub struct CaseOf {
+    /// The strategy.
+    pub strategy: Arc<dyn SequenceParallel>,
+    /// The ranks.
+    pub ranks: usize,
+}
+
+/// A scenario that is ready to run: its clip read, its model built.
+#[derive(Debug)]
+pub struct Comparer {
+    scenario: Scenario,
+    subject: Arc<Subject>,
+    cases: Vec<CaseOf>,
+}
+
+impl Comparer {
+    /// Reads the clip, builds the model and finds the strategies.
+    ///
+    /// # Errors
+    /// [`CompareError`] before any work if any of these cannot be used.
+    pub fn new(scenario: Scenario) -> Result<Self, CompareError> {
+        let enabled = dsp_strategies::all();
+        let names: Vec<&str> = enabled.iter().map(|strategy| strategy.name()).collect();
+        let chosen = scenario.chosen_strategies(&names)?;
+        // Serial comes first, on one rank: it is what the others are held to.
+        let mut cases = vec![CaseOf {
+            strategy: dsp_strategies::by_name("serial")?,
+            ranks: 1,
+        }];
+        for &ranks in &scenario.ranks {
+            for name in chosen.iter().filter(|name| *name != "serial") {
+                cases.push(CaseOf {
+                    strategy: dsp_strategies::by_name(name)?,
+                    ranks,
+                });
+            }
+        }
+        let subject = Arc::new(Subject::new(&scenario)?);
+        Ok(Self {
+            scenario,
+            subject,
+            cases,
+        })
+    }
+
+    /// What will be run, in order.
+    pub fn cases(&self) -> &[CaseOf] {
+        &self.cases
+    }
+
+    /// Runs all cases.
+    ///
+    /// # Errors
+    /// [`CompareError`] if serial fails; any other case's failure is its row.
+    pub fn run(&self, progress: &Progress, meter: &dyn Meter) -> Result<Comparison, CompareError> {
+        let started = Instant::now();
+        let mut comparison = Comparison::begin(self.scenario.clone(), "flex");
+        let mut reference = None;
+        let mut left = self.scenario.time_budget_seconds;
+        for (index, case) in self.cases.iter().enumerate() {
+            let name = case.strategy.name();
+            progress.begin(name, case.ranks);
+            let budget = left / (self.cases.len() - index) as f64;
+            let outcome = match self.case(case, reference.as_ref(), budget, progress, meter) {
+                Ok(Done::Serial(outputs, outcome)) => {
+                    reference = Some(outputs);
+                    outcome
+                }
+                Ok(Done::Other(outcome)) => outcome,
+                Err(Stop::Refused(refusal)) if index == 0 => {
+                    return Err(CompareError::SerialRefused(refusal));
+                }
+                Err(Stop::Failed(failure)) if index == 0 => {
+                    return Err(CompareError::SerialFailed(*failure));
+                }
+                Err(Stop::Refused(refusal)) => Outcome::Refused {
+                    reason: refusal.to_string(),
+                },
+                Err(Stop::Failed(failure)) => Outcome::Error {
+                    message: failure.to_string(),
+                },
+            };
+            if let Outcome::Timed(measured) = &outcome {
+                left -= measured.time.repeats_seconds.iter().sum::<f64>();
+            }
+            progress.end(&summary(&outcome));
+            comparison.push(name, case.ranks, outcome);
+        }
+        comparison.elapsed_seconds = started.elapsed().as_secs_f64();
+        Ok(comparison)
+    }
+
+    fn case(
+        &self,
+        case: &CaseOf,
+        reference: Option<&Outputs>,
+        budget: f64,
+        progress: &Progress,
+        meter: &dyn Meter,
+    ) -> Result<Done, Stop> {
+        let name = case.strategy.name();
+        // Refused before any work, or not at all.
+        let shape = self.subject.shape();
+        case.strategy
+            .plan(&shape, case.ranks)
+            .map_err(Stop::Refused)?;
+
+        progress.phase(name, case.ranks, "equality with serial");
+        let (outputs, warm_up) = self.check(case)?;
+        let equality = outputs.equality(reference.unwrap_or(&outputs), self.scenario.tolerance);
+        if !equality.holds() {
+            return Ok(Done::Other(Outcome::Unequal { equality }));
+        }
+        let repeats = (budget / warm_up) as usize;
+        let repeats = repeats.clamp(self.scenario.min_repeats, self.scenario.max_repeats);
+        progress.repeat(name, case.ranks, 1, repeats, Some(warm_up));
+        let keep = reference.is_none();
+        let outputs = keep.then_some(outputs);
+        let before_bytes = meter.reset_peak();
+        meter.set_recording(true);
+        let ranks = self.time(case, repeats);
+        meter.set_recording(false);
+        let peak_bytes = meter.peak();
+        let ranks = ranks?;
+
+        let measured = Measured {
+            equality,
+            time: timing(&ranks, repeats),
+            traffic: traffic(&ranks),
+            memory: Memory {
+                peak_bytes,
+                before_bytes,
+            },
+        };
+        let outcome = Outcome::Timed(Box::new(measured));
+        Ok(match outputs {
+            Some(outputs) => Done::Serial(outputs, outcome),
+            None => Done::Other(outcome),
+        })
+    }
+
+    fn launch(&self, ranks: usize) -> Launch {
+        Launch::new(ranks).timeout(Duration::from_secs_f64(self.scenario.deadline_seconds))
+    }
+
+    /// One run whose outputs are gathered: what it gave, and how long it took.
+    fn check(&self, case: &CaseOf) -> Result<(Outputs, f64), Stop> {
+        let (subject, strategy) = (self.subject.clone(), case.strategy.clone());
+        let passes = self.scenario.passes;
+        let runs = self.launch(case.ranks).run(move |group| {
+            let is_first = group.rank() == 0;
+            let session = Session::new(strategy.clone(), group, subject.shape())?;
+            let placed = subject.place(&session);
+            let start = Instant::now();
+            let run = subject.forward(&session, &placed)?;
+            let gradients = match passes {
+                Passes::Forward => None,
+                Passes::ForwardBackward => Some(run.backward(&session, &placed)?),
+            };
+            let elapsed = start.elapsed().as_secs_f64();
+            let output = run.gather(&session)?;
+            let gradients = match gradients {
+                Some(gradients) => Some(gradients.whole(&session, &placed)?),
+                None => None,
+            };
+            // One rank's copy is enough to compare: the gathered tensors are the same on all.
+            let outputs = is_first.then_some(Outputs { output, gradients });
+            Ok::<_, SubjectError>((outputs, elapsed))
+        });
+        let mut slowest = 0.0_f64;
+        let mut first = None;
+        for (outputs, elapsed) in runs.map_err(|error| Stop::Failed(Box::new(error)))? {
+            slowest = slowest.max(elapsed);
+            first = first.or(outputs);
+        }
+        match first {
+            Some(outputs) => Ok((outputs, slowest)),
+            None => unreachable!("a launch has a rank 0"),
+        }
+    }
+
+    /// Several runs, of which each rank's seconds and bytes are taken.
+    fn time(&self, case: &CaseOf, repeats: usize) -> Result<Vec<RankRuns>, Stop> {
+        let (subject, strategy) = (self.subject.clone(), case.strategy.clone());
+        let passes = self.scenario.passes;
+        let name = case.strategy.name();
+        let runs = self.launch(case.ranks).run(move |group| {
+            let session = Session::new(strategy.clone(), group, subject.shape())?;
+            let placed = subject.place(&session);
+            let mut runs = Vec::new();
+            for repeat in 0..repeats {
+                barrier(session.group(), &subject)?;
+                session.group().ledger().take();
+                let _span = tracing::info_span!("step", strategy = name, repeat).entered();
+                let start = Instant::now();
+                let run = subject.forward(&session, &placed)?;
+                if passes == Passes::ForwardBackward {
+                    run.backward(&session, &placed)?;
+                }
+                let elapsed = start.elapsed().as_secs_f64();
+                runs.push((elapsed, session.group().ledger().take()));
+            }
+            let width = subject.dtype().size() as u64;
+            let sends = session.expected_sends();
+            let (backward, parameters) = match passes {
+                Passes::Forward => (0, 0),
+                Passes::ForwardBackward => {
+                    let count = dsp_core::gradients::replicated_parameters(&placed);
+                    (sends.backward, session.expected_reduce(count))
+                }
+            };
+            Ok::<_, SubjectError>(RankRuns {
+                runs,
+                formula: [sends.forward, backward, parameters].map(|elements| elements * width),
+            })
+        });
+        runs.map_err(|error| Stop::Failed(Box::new(error)))
+    }
+}
+
+enum Done {
+    /// The first case: what the others are held to.
+    Serial(Outputs, Outcome),
+    Other(Outcome),
+}
+
+enum Stop {
+    Refused(PlanError),
+    Failed(Box<LaunchError>),
+}
+
+/// One rank's timed runs.
+struct RankRuns {
+    /// Seconds and the ledger of each.
+    runs: Vec<(f64, LedgerReading)>,
+    /// Bytes by formula: forward, backward, parameters' gradients.
+    formula: [u64; 3],
+}
+
+/// Everybody waits for everybody, so that no rank's start is another's waiting.
+fn barrier(group: &Group, subject: &Subject) -> Result<(), CommError> {
+    all_reduce_in(subject.token(), Phase::Outside, group).map(drop)
+}
+
+/// What a run gave, whole.
+struct Outputs {
+    output: TensorData,
+    gradients: Option<Gradients>,
+}
+
+impl Outputs {
+    fn equality(&self, reference: &Self, tolerance: f64) -> Equality {
+        let gradients = self.gradients.as_ref().zip(reference.gradients.as_ref());
+        Equality {
+            tolerance,
+            output: difference("output", &reference.output, &self.output),
+            input_gradient: gradients
+                .map(|(own, serial)| difference("input", &serial.input, &own.input)),
+            parameter_gradients: gradients.and_then(|(own, serial)| {
+                let missing = TensorData::new(Vec::<f32>::new(), [0]);
+                let each = |(name, serial): (&String, &TensorData)| {
+                    difference(name, serial, own.parameters.get(name).unwrap_or(&missing))
+                };
+                serial.parameters.iter().map(each).reduce(Difference::worst)
+            }),
+        }
+    }
+}
+
+fn difference(name: &str, reference: &TensorData, actual: &TensorData) -> Difference {
+    let doubles = |data: &TensorData| data.iter::<f64>().collect::<Vec<f64>>();
+    match (reference.as_slice::<f32>(), actual.as_slice::<f32>()) {
+        (Ok(reference), Ok(actual)) => Difference::between(name, reference, actual),
+        _ => Difference::between(name, &doubles(reference), &doubles(actual)),
+    }
+}
+
+/// A repeat takes as long as its slowest rank.
+fn timing(ranks: &[RankRuns], repeats: usize) -> Timing {
+    let repeat = |repeat: usize| {
+        let spent: Vec<RankSeconds> = ranks
+            .iter()
+            .map(|rank| {
+                let (elapsed, reading) = &rank.runs[repeat];
+                let (mut waiting_seconds, mut communication_seconds) = (0.0, 0.0);
+                for (phase, _, entry) in reading.iter() {
+                    if phase != Phase::Outside {
+                        waiting_seconds += entry.waited.as_secs_f64();
+                        communication_seconds += entry.moved.as_secs_f64();
+                    }
+                }
+                RankSeconds {
+                    compute_seconds: elapsed - waiting_seconds - communication_seconds,
+                    communication_seconds,
+                    waiting_seconds,
+                }
+            })
+            .collect();
+        let slowest = ranks
+            .iter()
+            .map(|rank| rank.runs[repeat].0)
+            .fold(0.0, f64::max);
+        (slowest, spent)
+    };
+    match Timing::of((0..repeats).map(repeat).collect()) {
+        Some(timing) => timing,
+        None => unreachable!("a case has at least one repeat"),
+    }
+}
+
+fn traffic(ranks: &[RankRuns]) -> Traffic {
+    let per_rank = ranks.iter().map(|rank| {
+        let [forward, backward, parameters] = rank.formula;
+        let sent = |phase, formula_bytes| Sent {
+            measured_bytes: rank
+                .runs
+                .last()
+                .map_or(0, |(_, reading)| reading.phase(phase).bytes),
+            formula_bytes,
+        };
+        RankTraffic {
+            forward: sent(Phase::Forward, forward),
+            backward: sent(Phase::Backward, backward),
+            parameters: sent(Phase::Gradients, parameters),
+        }
+    });
+    let mut kinds: BTreeMap<String, CollectiveCount> = BTreeMap::new();
+    let first = ranks.first().and_then(|rank| rank.runs.last());
+    for (phase, collective, entry) in first.iter().flat_map(|(_, reading)| reading.iter()) {
+        let kind = collective.to_string();
+        let count = kinds.entry(kind.clone()).or_insert(CollectiveCount {
+            kind,
+            forward: 0,
+            backward: 0,
+        });
+        match phase {
+            Phase::Forward => count.forward += entry.calls,
+            Phase::Backward | Phase::Gradients => count.backward += entry.calls,
+            Phase::Outside => {}
+        }
+    }
+    kinds.retain(|_, count| count.forward + count.backward > 0);
+    Traffic {
+        per_rank: per_rank.collect(),
+        collectives: kinds.into_values().collect(),
+    }
+}
+
+fn summary(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Timed(measured) => {
+            let time = &measured.time;
+            format!(
+                "{} (median of {})",
+                seconds(time.median_seconds),
+                time.repeats_seconds.len()
+            )
+        }
+        Outcome::Unequal { .. } => "not equal to serial".to_owned(),
+        Outcome::Refused { .. } => "refused".to_owned(),
+        Outcome::Error { .. } => "failed".to_owned(),
+    }
+}
+
+/// The element type of a scenario.
+pub fn dtype(scenario: &Scenario) -> DType {
+    crate::verify::dtype(scenario.dtype)
+}
