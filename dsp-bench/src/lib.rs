@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that it runs on |
+//! | [`subject`] | the model that it runs, and one step of it |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
 //! | [`reference`](mod@reference), [`verify`] | tensors made by other people's code, and the comparison with them |
@@ -16,6 +17,7 @@ pub mod record;
 pub mod reference;
 pub mod report;
 pub mod scenario;
+pub mod subject;
 pub mod table;
 pub mod tracefile;
 pub mod verify;

@@ -178,8 +178,12 @@ fn run_verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         let found = verify::verify(file, &options, &|what| bar.set_message(what.to_owned()));
         bar.finish_and_clear();
         let found = found?;
-        println!("{} ({}, tolerance {tolerance:e})", file.display(), precision.label());
-        println!("{}", verify::table(&found));
+        println!(
+            "{} ({}, tolerance {tolerance:e})",
+            file.display(),
+            precision.label()
+        );
+        println!("{}", verify::tabulate(&found));
         for line in verify::refusals(&found) {
             println!("{line}");
         }

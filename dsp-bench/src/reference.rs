@@ -72,6 +72,14 @@ pub enum ReferenceError {
         /// What was expected.
         rule: String,
     },
+    /// Its weights do not fit the model that its configuration describes.
+    #[error("{}: {source}", path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        source: dsp_models::weights::WeightsError,
+    },
     /// A tensor of a type that is not expected.
     #[error("{}: tensor {name:?} is stored as {dtype}; floats must be F32 or F64, others integers", path.display())]
     Type {
@@ -118,7 +126,10 @@ impl Stored {
     /// # Panics
     /// If the stored shape has not `D` dims: [`Reference::shaped`] checks that first.
     pub fn tensor<const D: usize>(&self, device: &Device, dtype: DType) -> Tensor<D> {
-        Tensor::from_data(data(self.values.clone(), &self.shape, dtype), (device, dtype))
+        Tensor::from_data(
+            data(self.values.clone(), &self.shape, dtype),
+            (device, dtype),
+        )
     }
 }
 
@@ -211,7 +222,16 @@ impl Reference {
             .metadata
             .get(key)
             .ok_or_else(|| metadata(format!("has no `{key}`")))?;
-        serde_json::from_str(text).map_err(|error| metadata(format!("has a `{key}` that is wrong: {error}")))
+        serde_json::from_str(text)
+            .map_err(|error| metadata(format!("has a `{key}` that is wrong: {error}")))
+    }
+
+    /// The error that the metadata is wrong.
+    pub fn wrong_metadata(&self, problem: String) -> ReferenceError {
+        ReferenceError::Metadata {
+            path: self.path.clone(),
+            problem,
+        }
     }
 
     /// A tensor that is an input.

@@ -280,14 +280,15 @@ fn difference(difference: Option<&Difference>) -> String {
     })
 }
 
-fn empty<const N: usize>(header: [impl Into<Cell>; N]) -> Table {
+/// A table of the program's style, with its header.
+pub(crate) fn empty(header: impl IntoIterator<Item = impl Into<Cell>>) -> Table {
     let mut table = Table::new();
     table
         .load_style(STYLE)
         .force_no_tty()
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_width(COLUMNS)
-        .set_header(header);
+        .set_header(header.into_iter().map(Into::into).collect::<Vec<Cell>>());
     for column in table.column_iter_mut() {
         column.set_padding((0, 1));
     }

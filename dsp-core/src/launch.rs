@@ -234,6 +234,7 @@ fn collect<T>(
             waited: start.elapsed(),
         });
     }
+    world.check_all_answered();
     match world.fate() {
         Some(root) => Err(LaunchError {
             root,

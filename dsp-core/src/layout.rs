@@ -112,6 +112,12 @@ impl MeshAxis {
         rank / self.stride % self.size
     }
 
+    /// Whether each coordinate on this axis meets each coordinate on `other`, as in a mesh.
+    fn is_independent_of(self, other: Self) -> bool {
+        let nests = |inner: Self, outer: Self| outer.stride.is_multiple_of(inner.stride * inner.size);
+        self.size == 1 || other.size == 1 || nests(self, other) || nests(other, self)
+    }
+
     /// The ranks that stand on this axis together with `rank`, in the order of their coordinates.
     pub fn members(self, rank: usize) -> Vec<usize> {
         let first = rank - self.coordinate(rank) * self.stride;
@@ -181,6 +187,16 @@ pub enum LayoutError {
         /// The mesh axis' size.
         mesh: usize,
     },
+    /// Two axes split over mesh axes that are not independent: some blocks would be nobody's.
+    #[error(
+        "{axis} and {other} cannot be split over the same ranks; give each a mesh axis of its own"
+    )]
+    SameRanks {
+        /// The axis that was to be split.
+        axis: SeqAxis,
+        /// The axis that is split over these ranks already.
+        other: SeqAxis,
+    },
     /// An axis that should be split and is whole.
     #[error("{axis} is whole on every rank, where it must be split")]
     NotSplit {
@@ -225,10 +241,14 @@ impl Layout {
         }
     }
 
-    /// One axis in balanced contiguous blocks over a group of `ranks`, the others whole.
+    /// One axis in balanced contiguous blocks over a group of `ranks`, the others whole. Over one rank, all
+    /// axes are whole.
     pub fn split(lengths: [usize; 3], axis: SeqAxis, ranks: usize) -> Self {
         let partition = Partition::balanced(lengths[axis.index()], ranks);
         let mut layout = Self::whole(lengths);
+        if ranks == 1 {
+            return layout;
+        }
         layout.axes[axis.index()] = AxisLayout::Split {
             partition,
             over: MeshAxis::whole(ranks),
@@ -240,7 +260,8 @@ impl Layout {
     ///
     /// # Errors
     /// [`LayoutError::Ranks`] if partition and mesh axis differ in ranks, [`LayoutError::Lengths`] if the
-    /// partition is of another length than the axis.
+    /// partition is of another length than the axis, [`LayoutError::SameRanks`] if another axis is split over
+    /// the same ranks: some blocks would be nobody's.
     pub fn with_split(
         mut self,
         axis: SeqAxis,
@@ -261,6 +282,14 @@ impl Layout {
                 from: self.lengths,
                 to,
             });
+        }
+        for other in SeqAxis::ALL {
+            if let AxisLayout::Split { over: taken, .. } = self.axis(other)
+                && other != axis
+                && !over.is_independent_of(*taken)
+            {
+                return Err(LayoutError::SameRanks { axis, other });
+            }
         }
         self.axes[axis.index()] = AxisLayout::Split { partition, over };
         Ok(self)
@@ -549,8 +578,9 @@ pub fn select_ranges<const D: usize>(
     dim: usize,
     ranges: &[Range<usize>],
 ) -> Tensor<D> {
+    let held = || ranges.iter().filter(|range| !range.is_empty());
     match ranges {
-        [] => {
+        _ if held().next().is_none() => {
             let dims = tensor.dims();
             let nothing = tensor.clone().inner().slice_dim(dim, 0..0);
             vjp::attach1(tensor, nothing, move |gradient: Tensor<D>| {
@@ -560,9 +590,8 @@ pub fn select_ranges<const D: usize>(
         }
         [range] if *range == (0..tensor.dims()[dim]) => tensor,
         [range] => tensor.narrow(dim, range.start, range.len()),
-        ranges => Tensor::cat(
-            ranges
-                .iter()
+        _ => Tensor::cat(
+            held()
                 .map(|range| tensor.clone().narrow(dim, range.start, range.len()))
                 .collect(),
             dim,

@@ -588,7 +588,8 @@ impl Session {
     pub fn backward(&self, loss: Loss) -> Result<Gradients, CommError> {
         let loss = match loss {
             Loss::OfShard(loss) => loss,
-            Loss::OfWhole(loss) => loss.div_scalar(self.group.size() as f64),
+            // Not `div_scalar`: Burn's backward of it rounds the factor to f32.
+            Loss::OfWhole(loss) => loss.mul_scalar(1.0 / self.group.size() as f64),
         };
         let run = std::panic::AssertUnwindSafe(|| loss.backward());
         match std::panic::catch_unwind(run) {

@@ -17,6 +17,7 @@
 pub mod error;
 pub mod layers;
 pub mod random;
+pub mod training;
 pub mod video_dit;
 pub mod weights;
 

@@ -25,7 +25,20 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     [a, b, c, d]
 }
 
-/// A sequence of random numbers, named by a seed and a stream.
+/// What random numbers are for: those of different purposes have nothing to do with each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The parameters of a fresh model.
+    Parameters = 0,
+    /// A training step's timesteps.
+    Timesteps = 1,
+    /// A training step's noise.
+    Noise = 2,
+    /// Anything that a caller draws for itself.
+    Other = 255,
+}
+
+/// A sequence of random numbers, named by a seed, a purpose and a number such as a training step's.
 #[derive(Debug, Clone)]
 pub struct Draws {
     key: [u32; 2],
@@ -34,11 +47,11 @@ pub struct Draws {
 }
 
 impl Draws {
-    /// The stream number `stream` of `seed`, from its beginning. Streams do not overlap.
-    pub fn new(seed: u64, stream: u64) -> Self {
+    /// The sequence from its beginning. Sequences do not overlap, for numbers below 2⁵⁶.
+    pub fn new(seed: u64, purpose: Purpose, number: u64) -> Self {
         Self {
             key: [seed as u32, (seed >> 32) as u32],
-            stream,
+            stream: (purpose as u64) << 56 | (number & (u64::MAX >> 8)),
             next: 0,
         }
     }
@@ -137,14 +150,16 @@ mod tests {
     }
 
     #[test]
-    fn normal_numbers_have_mean_0_and_variance_1_and_streams_differ() {
-        let values = Draws::new(7, 0).normals(100_001);
+    fn normal_numbers_have_mean_0_and_variance_1_and_sequences_differ() {
+        let draws = |seed, number| Draws::new(seed, Purpose::Noise, number);
+        let values = draws(7, 0).normals(100_001);
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         let variance = values.iter().map(|x| x * x).sum::<f64>() / values.len() as f64;
         assert!(mean.abs() < 0.02, "{mean}");
         assert!((variance - 1.0).abs() < 0.02, "{variance}");
-        assert_ne!(values[..4], Draws::new(7, 1).normals(4));
-        assert_ne!(values[..4], Draws::new(8, 0).normals(4));
-        assert_eq!(values[..4], Draws::new(7, 0).normals(4));
+        assert_ne!(values[..4], draws(7, 1).normals(4));
+        assert_ne!(values[..4], draws(8, 0).normals(4));
+        assert_ne!(values[..4], Draws::new(7, Purpose::Other, 0).normals(4));
+        assert_eq!(values[..4], draws(7, 0).normals(4));
     }
 }

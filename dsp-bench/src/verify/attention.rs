@@ -125,7 +125,11 @@ impl Case for AttentionCase {
         }
         let names = ["dq", "dk", "dv"];
         let kv = self.sizes.key_value_heads;
-        for ((name, leaf), heads) in names.iter().zip(leaves).zip([self.sizes.query_heads, kv, kv]) {
+        for ((name, leaf), heads) in names
+            .iter()
+            .zip(leaves)
+            .zip([self.sizes.query_heads, kv, kv])
+        {
             let Some(part) = leaf.grad(&gradients) else {
                 return Err(CaseError::Model(format!("no gradient reached {name}")));
             };
@@ -158,7 +162,10 @@ impl AttentionCase {
             batch,
             lengths: vec![queries],
             hidden: query_heads * dim,
-            stages: vec![Stage::new(self.name.clone(), StageKind::Attention(attention))],
+            stages: vec![Stage::new(
+                self.name.clone(),
+                StageKind::Attention(attention),
+            )],
             output: OutputLayout::AsInput,
         }
     }

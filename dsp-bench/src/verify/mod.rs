@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::DType;
-use comfy_table::{ContentArrangement, Table, presets::UTF8_FULL_CONDENSED};
 use dsp_core::{Launch, LaunchError, PlanError, SequenceParallel};
 use serde::Serialize;
 
 use crate::record::{RELATIVE_FLOOR, scientific};
 use crate::reference::{Reference, ReferenceError, Stored};
 use crate::scenario::Precision;
+use crate::table;
 
 /// The tensors that a run produced, by the reference file's names.
 pub type Produced = BTreeMap<String, Stored>;
@@ -189,7 +189,11 @@ pub fn verify(
                 if strategy.name() == "serial" && ranks != 1 {
                     continue;
                 }
-                progress(&format!("{kind} {} · {} × {ranks}", case.name(), strategy.name()));
+                progress(&format!(
+                    "{kind} {} · {} × {ranks}",
+                    case.name(),
+                    strategy.name()
+                ));
                 let labels = || (file.clone(), (*kind).to_owned(), case.name().to_owned());
                 match run(case, &strategy, ranks, options.precision) {
                     Ok(Ok(produced)) => {
@@ -264,12 +268,14 @@ fn run(
     let (case, strategy) = (case.clone(), strategy.clone());
     let dtype = dtype(precision);
     let launch = Launch::new(ranks).timeout(Duration::from_secs(120));
-    let runs = launch.run(move |group| match case.run(strategy.clone(), group, dtype) {
-        Ok(produced) => Ok(Ok(produced)),
-        // Every rank refuses alike, before any work: no failure of the launch.
-        Err(CaseError::Refused(refusal)) => Ok(Err(refusal)),
-        Err(error) => Err(error),
-    })?;
+    let runs = launch.run(
+        move |group| match case.run(strategy.clone(), group, dtype) {
+            Ok(produced) => Ok(Ok(produced)),
+            // Every rank refuses alike, before any work: no failure of the launch.
+            Err(CaseError::Refused(refusal)) => Ok(Err(refusal)),
+            Err(error) => Err(error),
+        },
+    )?;
     let mut runs = runs.into_iter();
     Ok(runs.next().unwrap_or_else(|| Ok(Produced::new())))
 }
@@ -303,7 +309,7 @@ fn relative_error(produced: &Stored, reference: &Stored) -> f64 {
 }
 
 /// A file's records as a table: per case and tensor, the largest error of each strategy over all ranks.
-pub fn table(records: &[Record]) -> String {
+pub fn tabulate(records: &[Record]) -> String {
     let mut strategies: Vec<&str> = Vec::new();
     let mut rows: BTreeMap<(&str, &str), BTreeMap<&str, (f64, usize, bool)>> = BTreeMap::new();
     for record in records {
@@ -332,15 +338,10 @@ pub fn table(records: &[Record]) -> String {
         }
         cell.2 &= *pass;
     }
-    let mut table = Table::new();
-    table
-        .load_preset(UTF8_FULL_CONDENSED)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_width(120);
-    let header = ["tensor".to_owned()]
-        .into_iter()
-        .chain(strategies.iter().map(|strategy| format!("{strategy}: error (ranks)")));
-    table.set_header(header);
+    let errors = strategies
+        .iter()
+        .map(|strategy| format!("{strategy}: error (ranks)"));
+    let mut table = table::empty(["tensor".to_owned()].into_iter().chain(errors));
     for ((_, tensor), cells) in &rows {
         let errors = strategies.iter().map(|strategy| match cells.get(strategy) {
             Some((error, ranks, pass)) => {
@@ -372,7 +373,9 @@ pub fn refusals(records: &[Record]) -> Vec<String> {
                 format!("{case}, ")
             };
             let rank = if *ranks == 1 { "rank" } else { "ranks" };
-            lines.push(format!("{case}{strategy} on {ranks} {rank}: not applicable: {reason}"));
+            lines.push(format!(
+                "{case}{strategy} on {ranks} {rank}: not applicable: {reason}"
+            ));
         }
     }
     lines
@@ -391,7 +394,10 @@ mod tests {
 
     #[test]
     fn an_error_is_relative_to_the_largest_reference_value_and_to_no_less_than_a_thousandth() {
-        assert_eq!(relative_error(&stored(&[1.0, 4.5]), &stored(&[1.0, 4.0])), 0.125);
+        assert_eq!(
+            relative_error(&stored(&[1.0, 4.5]), &stored(&[1.0, 4.0])),
+            0.125
+        );
         let tiny = relative_error(&stored(&[1e-6]), &stored(&[0.0]));
         assert!((tiny - 1e-3).abs() < 1e-15, "{tiny}");
     }
@@ -400,8 +406,14 @@ mod tests {
     fn another_shape_a_nan_and_an_unmatched_infinity_are_never_equal() {
         let reference = stored(&[1.0, f64::NEG_INFINITY]);
         assert_eq!(relative_error(&stored(&[1.0]), &reference), f64::INFINITY);
-        assert_eq!(relative_error(&stored(&[f64::NAN, f64::NEG_INFINITY]), &reference), f64::INFINITY);
-        assert_eq!(relative_error(&stored(&[1.0, 5.0]), &reference), f64::INFINITY);
+        assert_eq!(
+            relative_error(&stored(&[f64::NAN, f64::NEG_INFINITY]), &reference),
+            f64::INFINITY
+        );
+        assert_eq!(
+            relative_error(&stored(&[1.0, 5.0]), &reference),
+            f64::INFINITY
+        );
         assert_eq!(relative_error(&reference, &reference), 0.0);
     }
 }

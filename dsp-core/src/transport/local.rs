@@ -104,6 +104,31 @@ impl World {
         self.lock().fate.clone()
     }
 
+    /// Fails the world if a rank called a collective that another has returned without calling. Ranks that
+    /// need nothing of each other do not notice that themselves.
+    pub(crate) fn check_all_answered(&self) {
+        let state = self.lock();
+        let unanswered = state.rounds.iter().filter_map(|((id, sequence), round)| {
+            let world_rank = |position: usize| id.members[position];
+            let (caller, post) = (round.posts.iter().enumerate())
+                .find_map(|(position, post)| post.as_ref().map(|post| (position, post)))?;
+            let missing = round.posts.iter().position(Option::is_none)?;
+            let key = (id.members.clone(), *sequence);
+            let error = CommError::PeerEnded {
+                rank: world_rank(caller),
+                call: post.call.clone(),
+                ended: world_rank(missing),
+            };
+            Some((key, error))
+        });
+        // The same one of several in every run.
+        let first = unanswered.min_by(|(a, _), (b, _)| a.cmp(b));
+        drop(state);
+        if let Some((_, error)) = first {
+            self.fail(error);
+        }
+    }
+
     /// The last collective that a rank called.
     pub(crate) fn last_call(&self, rank: usize) -> Option<Call> {
         self.lock().ranks[rank].last.clone()

@@ -38,6 +38,13 @@ impl Rotary {
         Self { dim, base: 1e4 }
     }
 
+    /// The frequency of each pair of channels: `base^(−2i/dim)`.
+    pub fn frequencies(&self) -> Vec<f64> {
+        (0..self.dim / 2)
+            .map(|pair| self.base.powf(-(2.0 * pair as f64) / self.dim as f64))
+            .collect()
+    }
+
     /// The tables for the given global positions, in the element type and on the device of `like`.
     pub fn tables<const D: usize>(
         &self,
@@ -45,14 +52,11 @@ impl Rotary {
         like: &Tensor<D>,
     ) -> RotaryTables {
         let options = (&like.clone().inner().device(), like.dtype());
-        let frequency = |channel: usize| {
-            let pair = 2 * (channel / 2);
-            self.base.powf(-(pair as f64) / self.dim as f64)
-        };
+        let frequencies = &self.frequencies();
         let count = positions.iter().map(ExactSizeIterator::len).sum::<usize>();
         let angles: Vec<f64> = (positions.iter().cloned().flatten())
             .flat_map(|position| {
-                (0..self.dim).map(move |channel| position as f64 * frequency(channel))
+                (0..self.dim).map(move |channel| position as f64 * frequencies[channel / 2])
             })
             .collect();
         let table = |function: fn(f64) -> f64| {

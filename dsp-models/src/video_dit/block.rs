@@ -16,7 +16,7 @@ use super::config::{BlockConfig, BlockKind, Init};
 use super::modulation::{ByFrame, modulate};
 use crate::error::{ConfigError, ModelError};
 use crate::layers::{Mlp, Rotary, layer_norm};
-use crate::random::Draws;
+use crate::random::{Draws, Purpose};
 
 /// The epsilon of the layer norms.
 pub(crate) const NORM_EPSILON: f64 = 1e-6;
@@ -142,7 +142,7 @@ impl BlockPairs {
         device: &Device,
     ) -> Result<Self, ConfigError> {
         config.check()?;
-        Ok(Self::drawn(config, depth, init, &mut Draws::new(seed, 0), device))
+        Ok(Self::drawn(config, depth, init, &mut Draws::new(seed, Purpose::Parameters, 0), device))
     }
 
     pub(crate) fn drawn(

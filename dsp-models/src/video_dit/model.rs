@@ -15,7 +15,7 @@ use super::modulation::{ByFrame, FrameMask};
 use super::patch::{PatchOrder, patchify, unpatchify};
 use crate::error::{ConfigError, ModelError};
 use crate::layers::{linear, sin_cos_2d};
-use crate::random::Draws;
+use crate::random::{Draws, Purpose};
 
 /// STDiT-3 (Open-Sora 1.2; Zheng et al., arXiv:2412.20404).
 #[derive(Module, Debug)]
@@ -113,7 +113,7 @@ impl VideoDitConfig {
     pub fn init(&self, init: Init, seed: u64, device: &Device) -> Result<VideoDit, ConfigError> {
         self.check()?;
         let hidden = self.hidden_size;
-        let draws = &mut Draws::new(seed, 0);
+        let draws = &mut Draws::new(seed, Purpose::Parameters, 0);
         let volume: usize = self.patch_size.iter().product();
         let mut model = VideoDit {
             x_embedder: PatchEmbedder::new(self.in_channels, self.patch_size, hidden, draws, device),
@@ -159,7 +159,7 @@ impl VideoDit {
         session: &Session,
     ) -> Result<Shard, ModelError> {
         let [batch, _, _, height, width] = video.dims();
-        self.check(&video, conditions)?;
+        conditions.check(self, &video)?;
         let patch = self.x_embedder.patch_size();
         let dtype = self.t_block.weight.dtype();
         let video = if video.dtype() == dtype { video } else { video.cast(dtype) };
@@ -252,27 +252,33 @@ impl VideoDit {
                 .map(|mask| (mask.clone(), embed(&vec![0.0; batch]))),
         }
     }
+}
 
-    fn check(&self, video: &Tensor<5>, conditions: &VideoConditions) -> Result<(), ModelError> {
+impl VideoConditions {
+    /// Checks that they and the video fit the model and each other.
+    ///
+    /// # Errors
+    /// [`ModelError::Shape`] with what does not fit and the rule.
+    pub fn check(&self, model: &VideoDit, video: &Tensor<5>) -> Result<(), ModelError> {
         let dims = video.dims();
         let [batch, channels, frames, ..] = dims;
         let shape = |what, got, rule| Err(ModelError::Shape { what, got, rule });
-        if channels != self.in_channels {
-            let rule = format!("the model has {} channels", self.in_channels);
+        if channels != model.in_channels {
+            let rule = format!("the model has {} channels", model.in_channels);
             return shape("the video", dims.to_vec(), rule);
         }
         for (what, got) in [
-            ("the timesteps", conditions.timesteps.len()),
-            ("the frame rates", conditions.fps.len()),
-            ("the text's lengths", conditions.text.lengths.len()),
-            ("the text", conditions.text.tokens.dims()[0]),
+            ("the timesteps", self.timesteps.len()),
+            ("the frame rates", self.fps.len()),
+            ("the text's lengths", self.text.lengths.len()),
+            ("the text", self.text.tokens.dims()[0]),
         ] {
             if got != batch {
                 return shape(what, vec![got], format!("the video has {batch} samples"));
             }
         }
-        let times = frames.div_ceil(self.x_embedder.patch_size()[0]);
-        match &conditions.frame_mask {
+        let times = frames.div_ceil(model.x_embedder.patch_size()[0]);
+        match &self.frame_mask {
             Some(mask) if mask.dims() != Some([batch, times]) => shape(
                 "the frame mask",
                 mask.dims().map_or(vec![], |dims| dims.to_vec()),

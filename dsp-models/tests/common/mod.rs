@@ -30,20 +30,20 @@ use safetensors::{Dtype, SafeTensors};
 
 /// A value and its shape, whatever its element type was.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Values {
-    pub shape: Vec<usize>,
-    pub values: Vec<f64>,
+pub(crate) struct Values {
+    pub(crate) shape: Vec<usize>,
+    pub(crate) values: Vec<f64>,
 }
 
 impl Values {
-    pub fn of(data: &TensorData) -> Self {
+    pub(crate) fn of(data: &TensorData) -> Self {
         Self {
             shape: data.shape().to_vec(),
             values: data.iter::<f64>().collect(),
         }
     }
 
-    pub fn new(shape: &[usize], values: Vec<f64>) -> Self {
+    pub(crate) fn new(shape: &[usize], values: Vec<f64>) -> Self {
         assert_eq!(shape.iter().product::<usize>(), values.len());
         Self {
             shape: shape.to_vec(),
@@ -51,13 +51,13 @@ impl Values {
         }
     }
 
-    pub fn tensor<const D: usize>(&self, device: &Device, dtype: DType) -> Tensor<D> {
+    pub(crate) fn tensor<const D: usize>(&self, device: &Device, dtype: DType) -> Tensor<D> {
         let data = TensorData::new(self.values.clone(), self.shape.clone());
         Tensor::from_data(data, (device, dtype))
     }
 
     /// The largest difference, relative to `max(max|expected|, 1e-3)`.
-    pub fn error(&self, expected: &Self) -> f64 {
+    pub(crate) fn error(&self, expected: &Self) -> f64 {
         assert_eq!(
             self.values.len(),
             expected.values.len(),
@@ -75,29 +75,29 @@ impl Values {
 }
 
 /// A reference file.
-pub struct Fixture {
-    pub bytes: Vec<u8>,
+pub(crate) struct Fixture {
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Fixture {
-    pub fn open(name: &str) -> Self {
+    pub(crate) fn open(name: &str) -> Self {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
         Self {
             bytes: fs::read(folder.join(name)).unwrap(),
         }
     }
 
-    pub fn config(&self) -> serde_json::Value {
+    pub(crate) fn config(&self) -> serde_json::Value {
         let (_, metadata) = SafeTensors::read_metadata(&self.bytes).unwrap();
         serde_json::from_str(&metadata.metadata().as_ref().unwrap()["config"]).unwrap()
     }
 
-    pub fn names(&self) -> Vec<String> {
+    pub(crate) fn names(&self) -> Vec<String> {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         file.names().into_iter().map(str::to_owned).collect()
     }
 
-    pub fn get(&self, name: &str) -> Values {
+    pub(crate) fn get(&self, name: &str) -> Values {
         let file = SafeTensors::deserialize(&self.bytes).unwrap();
         let view = file.tensor(name).unwrap();
         let bytes = view.data();
@@ -117,47 +117,47 @@ impl Fixture {
 
 /// How a run ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LossFrom {
+pub(crate) enum LossFrom {
     Shard,
     Whole,
 }
 
 /// What a rank's ledger says, and what the formulas say it must.
 #[derive(Debug, Clone)]
-pub struct Account {
-    pub forward: (u64, u64),
-    pub backward: (u64, u64),
-    pub gather: (u64, u64),
-    pub reduce: (u64, u64),
+pub(crate) struct Account {
+    pub(crate) forward: (u64, u64),
+    pub(crate) backward: (u64, u64),
+    pub(crate) gather: (u64, u64),
+    pub(crate) reduce: (u64, u64),
 }
 
 /// What a run gives: everything by name, and each rank's account.
 #[derive(Debug)]
-pub struct Run {
-    pub found: BTreeMap<String, Values>,
-    pub accounts: Vec<Account>,
+pub(crate) struct Run {
+    pub(crate) found: BTreeMap<String, Values>,
+    pub(crate) accounts: Vec<Account>,
 }
 
 /// A stack of block pairs with its inputs.
 #[derive(Debug)]
-pub struct PairsCase {
-    pub config: BlockConfig,
-    pub template: BlockPairs,
+pub(crate) struct PairsCase {
+    pub(crate) config: BlockConfig,
+    pub(crate) template: BlockPairs,
     /// `[B, T, S, 1, C]`
-    pub x: Values,
+    pub(crate) x: Values,
     /// `[B, L, C]`
-    pub y: Values,
-    pub lengths: Vec<usize>,
+    pub(crate) y: Values,
+    pub(crate) lengths: Vec<usize>,
     /// `[B, 6, C]`
-    pub t: Values,
-    pub given: Option<(FrameMask, Values)>,
+    pub(crate) t: Values,
+    pub(crate) given: Option<(FrameMask, Values)>,
     /// `[B, T, S, 1, C]`
-    pub dout: Values,
-    pub dtype: DType,
+    pub(crate) dout: Values,
+    pub(crate) dtype: DType,
 }
 
 impl PairsCase {
-    pub fn run(
+    pub(crate) fn run(
         self: &Arc<Self>,
         strategy: &Arc<dyn SequenceParallel>,
         ranks: usize,
@@ -228,27 +228,27 @@ impl PairsCase {
 
 /// A whole model with its inputs.
 #[derive(Debug)]
-pub struct ModelCase {
-    pub config: VideoDitConfig,
-    pub template: VideoDit,
+pub(crate) struct ModelCase {
+    pub(crate) config: VideoDitConfig,
+    pub(crate) template: VideoDit,
     /// `[B, C, F, H, W]`
-    pub video: Values,
+    pub(crate) video: Values,
     /// `[B, L, caption]`
-    pub text: Values,
-    pub keep: Vec<Vec<bool>>,
-    pub timesteps: Vec<f64>,
-    pub fps: Vec<f64>,
-    pub resolution: [f64; 2],
-    pub frame_mask: Option<FrameMask>,
+    pub(crate) text: Values,
+    pub(crate) keep: Vec<Vec<bool>>,
+    pub(crate) timesteps: Vec<f64>,
+    pub(crate) fps: Vec<f64>,
+    pub(crate) resolution: [f64; 2],
+    pub(crate) frame_mask: Option<FrameMask>,
     /// `[B, out, F, H, W]`
-    pub dout: Values,
-    pub dtype: DType,
-    pub output: OutputLayout,
-    pub loss: LossFrom,
+    pub(crate) dout: Values,
+    pub(crate) dtype: DType,
+    pub(crate) output: OutputLayout,
+    pub(crate) loss: LossFrom,
 }
 
 impl ModelCase {
-    pub fn run(
+    pub(crate) fn run(
         self: &Arc<Self>,
         strategy: &Arc<dyn SequenceParallel>,
         ranks: usize,

@@ -1,0 +1,342 @@
+//! Sessions: a model that strays from its declaration, losses, placed modules, and their gradients' reduction.
+#![cfg(feature = "flex")]
+#![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
+
+mod common;
+
+use std::sync::{Arc, Barrier};
+
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, Tensor};
+use common::{bits, random, values};
+use dsp_core::cost::Elements;
+use dsp_core::gradients::replicated_parameters;
+use dsp_core::layout::LayoutError;
+use dsp_core::ledger::{Collective, Phase};
+use dsp_core::strategy::{
+    AttentionStage, OutputLayout, Placement, Plan, Role, StageError, StageKind, StagePlan, add_bias,
+};
+use dsp_core::{
+    AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
+    SequenceParallel, Session, Shard, Stage, launch,
+};
+
+/// The first axis stays split; columns and rows are sharded by their units.
+#[derive(Debug)]
+struct Blocks;
+
+impl SequenceParallel for Blocks {
+    fn name(&self) -> &'static str {
+        "blocks"
+    }
+
+    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
+        let layout = Layout::split(model.lengths()?, SeqAxis::FIRST, ranks);
+        let stage = StagePlan {
+            residual: layout.clone(),
+            inner: layout.clone(),
+            sends: vec![Elements::default(); ranks],
+            delegate: 0,
+        };
+        Ok(Plan {
+            input: layout.clone(),
+            stages: vec![stage; model.stages.len()],
+            output: layout,
+            output_sends: vec![Elements::default(); ranks],
+        })
+    }
+
+    fn placement(&self, role: Role, shape: &[usize], rank: usize, ranks: usize) -> Placement {
+        let Role::Columns { dim, units, .. } = role else {
+            return Placement::Replicated;
+        };
+        let width = shape[dim] / units;
+        let (start, end) = (rank * units / ranks, (rank + 1) * units / ranks);
+        Placement::Sharded { dim, ranges: std::iter::once(start * width..end * width).collect() }
+    }
+}
+
+fn model() -> ModelShape {
+    let heads = Heads::multi(1, 2);
+    let attention = |axis| AttentionStage::softmax(AxisSet::of(&[axis]), heads, Mask::Full);
+    ModelShape {
+        batch: 1,
+        lengths: vec![3, 2],
+        hidden: 2,
+        stages: vec![
+            Stage::new("space", StageKind::Attention(attention(SeqAxis::SECOND))),
+            Stage::new("text", StageKind::CrossAttention { heads }),
+            Stage::new("mlp", StageKind::FeedForward { inner: 4 }),
+        ],
+        output: OutputLayout::AsInput,
+    }
+}
+
+fn session(group: &Group) -> Session {
+    Session::new(Arc::new(Blocks), group.clone(), model()).unwrap()
+}
+
+#[test]
+fn a_model_that_strays_from_its_declaration_is_told_where() {
+    let session = session(&Group::alone());
+    let x = || session.split(Tensor::zeros([1, 3, 2, 1, 2], &Device::flex())).unwrap();
+
+    let mut stages = session.stages();
+    let wrong = stages.feed_forward().unwrap_err();
+    let expected = StageError::Kind {
+        index: 0,
+        name: "space".to_owned(),
+        declared: "self-attention",
+        wanted: "feed-forward",
+    };
+    assert_eq!(wrong, expected);
+    assert_eq!(
+        wrong.to_string(),
+        r#"the model runs a feed-forward where it declared stage 0 ("space") to be a self-attention"#
+    );
+    // It may go on: a refused call uses up no stage.
+    stages.attention().unwrap();
+    assert_eq!(
+        stages.finish(x()).unwrap_err(),
+        Error::Stage(StageError::TooFew { run: 1, declared: 3 })
+    );
+
+    let mut stages = session.stages();
+    stages.attention().unwrap();
+    let text = stages.cross_attention().unwrap();
+    let not_attention = text.attend(x(), x(), x()).unwrap_err();
+    let Error::Stage(StageError::Kind { index: 1, wanted: "self-attention", .. }) = not_attention else {
+        panic!("{not_attention}");
+    };
+    stages.feed_forward().unwrap();
+    let expected = StageError::TooMany { declared: 3, wanted: "cross-attention" };
+    assert_eq!(stages.cross_attention().unwrap_err(), expected);
+    stages.finish(x()).unwrap();
+}
+
+#[test]
+fn a_shard_of_another_layout_than_the_plans_is_refused_by_name() {
+    let session = session(&Group::alone());
+    let mut stages = session.stages();
+    let stage = stages.attention().unwrap();
+    let other = Layout::whole([3, 1, 2]);
+    let x = Tensor::zeros([1, 3, 1, 2, 2], &Device::flex());
+    let x = Shard::new(x, other.clone(), 0).unwrap();
+    let expected = LayoutError::Unexpected {
+        place: "enter",
+        expected: session.plan().input.clone().into(),
+        got: other.into(),
+    };
+    assert_eq!(stage.enter(x).unwrap_err(), Error::Layout(expected));
+    let lengths = session.split(Tensor::zeros([1, 3, 3, 1, 2], &Device::flex())).unwrap_err();
+    assert_eq!(lengths, LayoutError::Lengths { from: [3, 3, 1], to: [3, 2, 1] });
+}
+
+#[test]
+fn channels_that_are_not_the_declared_heads_are_refused() {
+    let session = session(&Group::alone());
+    let stage = session.stages().attention().unwrap();
+    let x = |channels| session.split(Tensor::zeros([1, 3, 2, 1, channels], &Device::flex())).unwrap();
+    let Error::Shape { got, rule, .. } = stage.attend(x(3), x(3), x(3)).unwrap_err() else {
+        panic!("an odd number of channels is no number of heads of 2");
+    };
+    assert_eq!(got, [3, 3, 3]);
+    assert_eq!(rule, "their channels must be heads of 2 in the proportion 1 : 1 : 1");
+    stage.attend(x(4), x(2), x(2)).unwrap_err();
+}
+
+#[test]
+fn a_bias_is_added_over_the_channels() {
+    let layout = Layout::whole([1, 1, 1]);
+    let x = Shard::new(Tensor::ones([1, 1, 1, 1, 2], &Device::flex()), layout, 0).unwrap();
+    let bias = Tensor::<1>::from_floats([1.0, 2.0], &Device::flex());
+    assert_eq!(values(add_bias(x, Some(bias)).unwrap().tensor()), [2.0, 3.0]);
+}
+
+#[test]
+fn a_loss_of_the_whole_gives_the_gradients_of_a_loss_of_the_parts() {
+    for ranks in 1..=5 {
+        let seen = launch(ranks, |group| -> Result<_, Error> {
+            let session = session(&group);
+            let device = Device::flex().autodiff();
+            let whole = random([1, 3, 2, 1, 2], 3, DType::F64);
+            let leaf = || Tensor::<5>::from_data(whole.to_data(), (&device, DType::F64)).require_grad();
+
+            let x = leaf();
+            let part = session.split(x.clone())?.into_tensor();
+            let loss = (part.clone() * part).sum().mul_scalar(1.0 / 12.0);
+            let of_shard = x.grad(&session.backward(Loss::OfShard(loss))?).unwrap();
+
+            let x = leaf();
+            let gathered = session.gather(session.split(x.clone())?)?;
+            let loss = (gathered.clone() * gathered).mean();
+            let of_whole = x.grad(&session.backward(Loss::OfWhole(loss))?).unwrap();
+            let sent = group.ledger().read().entry(Phase::Forward, Collective::AllGather);
+            assert_eq!(sent.elements, session.expected_gather(1, 2).forward);
+            let sent = group.ledger().read().entry(Phase::Backward, Collective::ReduceScatter);
+            assert_eq!(sent.elements, session.expected_gather(1, 2).backward);
+            Ok((values(&of_shard), values(&of_whole), values(&whole)))
+        })
+        .unwrap();
+        for (of_shard, of_whole, _) in &seen {
+            for (a, b) in of_shard.iter().zip(of_whole) {
+                // One division by the ranks and their sum: a few roundings of f64.
+                assert!((a - b).abs() < 1e-14, "{of_shard:?} {of_whole:?}");
+            }
+        }
+        // And over the ranks they add up to the serial gradient, x/6.
+        for (index, x) in seen[0].2.iter().enumerate() {
+            let sum: f64 = seen.iter().map(|(_, of_whole, _)| of_whole[index]).sum();
+            assert!((sum - x / 6.0).abs() < 1e-14);
+        }
+    }
+}
+
+#[test]
+fn a_failure_in_backward_is_an_error_of_the_session_and_not_a_panic() {
+    let roots = Arc::new(std::sync::Mutex::new(vec![]));
+    let seen = roots.clone();
+    let error = launch(2, move |group| -> Result<(), Error> {
+        let session = session(&group);
+        let x = Tensor::<5>::zeros([1, 3, 2, 1, 2], &Device::flex().autodiff()).require_grad();
+        let gathered = session.gather(session.split(x)?)?;
+        if group.rank() == 1 {
+            return Ok(());
+        }
+        let error = session.backward(Loss::OfWhole(gathered.sum())).err().unwrap();
+        seen.lock().unwrap().push(error.clone());
+        Err(error.into())
+    })
+    .unwrap_err();
+    assert_eq!(roots.lock().unwrap().as_slice(), std::slice::from_ref(&error.root));
+    let CommError::PeerEnded { ended: 1, .. } = error.root else { panic!("{error}") };
+}
+
+/// A module with a parameter that some ranks do not use, one that is sharded and one that is frozen.
+#[derive(Module, Debug)]
+struct Toy {
+    used: Param<Tensor<2>>,
+    unused: Param<Tensor<1>>,
+    sharded: Param<Tensor<2>>,
+    frozen: Param<Tensor<1>>,
+}
+
+fn toy(dtype: DType) -> Toy {
+    let frozen = Param::from_tensor(random([2], 4, dtype)).set_require_grad(false);
+    Toy {
+        used: Param::from_tensor(random([2, 3], 1, dtype)),
+        unused: Param::from_tensor(random([4], 2, dtype)),
+        sharded: Param::from_tensor(random([2, 6], 3, dtype)),
+        frozen,
+    }
+}
+
+fn toy_role(path: &str) -> Role {
+    match path {
+        "sharded" => Role::Columns { dim: 1, fused: 1, units: 3 },
+        "used" | "unused" | "frozen" => Role::Replicated,
+        path => panic!("no parameter is at {path}"),
+    }
+}
+
+#[test]
+fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_alone() {
+    for dtype in [DType::F32, DType::F64] {
+        for ranks in 1..=4 {
+            let module = Arc::new(toy(dtype));
+            let source = module.clone();
+            let seen = launch(ranks, move |group| -> Result<_, Error> {
+                let session = session(&group);
+                let device = Device::flex().autodiff();
+                let placed = session.place(&*source, toy_role, &device);
+                let toy = &placed.module;
+                assert_eq!(replicated_parameters(&placed), 10);
+                let rank = group.rank();
+                // What each rank holds, and that it may be trained or not as before.
+                let columns = 2 * (3 * rank / ranks)..2 * (3 * (rank + 1) / ranks);
+                assert_eq!(toy.sharded.val().dims(), [2, columns.len()]);
+                assert!(toy.used.is_require_grad() && toy.sharded.is_require_grad());
+                assert!(!toy.frozen.is_require_grad());
+                for dtype_of in [toy.used.val().dtype(), toy.sharded.val().dtype()] {
+                    assert_eq!(dtype_of, dtype);
+                }
+
+                let weight = (rank + 1) as f64;
+                let mut loss = toy.used.val().mul_scalar(weight).sum();
+                loss = loss + toy.sharded.val().mul_scalar(10.0 * weight).sum();
+                loss = loss + toy.frozen.val().sum();
+                if rank == ranks - 1 {
+                    loss = loss + toy.unused.val().mul_scalar(0.5).sum();
+                }
+                let mut gradients = session.backward(Loss::OfShard(loss))?;
+                group.ledger().take();
+                let reduced = session.reduce(&mut gradients, &placed)?;
+                let sent = group.ledger().read().phase(Phase::Gradients);
+                assert_eq!(sent.elements, session.expected_reduce(10));
+                assert_eq!(sent.bytes, sent.elements * dtype.size() as u64);
+                // One bucket, one all-reduce: its two exchanges.
+                assert_eq!(sent.calls, 2);
+                assert!(reduced.get::<1>(toy.frozen.id).is_none());
+                let sharded = reduced.get::<2>(toy.sharded.id).unwrap();
+                assert_eq!(sharded.dims(), toy.sharded.val().dims());
+                Ok((
+                    values(&reduced.get::<2>(toy.used.id).unwrap()),
+                    values(&reduced.get::<1>(toy.unused.id).unwrap()),
+                    values(&sharded),
+                    bits(&toy.sharded.val().inner()),
+                ))
+            })
+            .unwrap();
+            let sum = (1..=ranks).sum::<usize>() as f64;
+            for (rank, (used, unused, sharded, values)) in seen.into_iter().enumerate() {
+                assert_eq!(used, [sum; 6]);
+                assert_eq!(unused, [0.5; 4]);
+                assert!(sharded.iter().all(|&value| value == 10.0 * (rank + 1) as f64));
+                let columns = 2 * (3 * rank / ranks)..2 * (3 * (rank + 1) / ranks);
+                let own = module.sharded.val().slice([0..2, columns]);
+                assert_eq!(values, bits(&own));
+            }
+        }
+    }
+}
+
+#[test]
+fn two_ranks_placed_from_one_tracked_module_walk_back_at_the_same_time() {
+    // If they shared a node, the one that holds its graph's lock inside a collective would wait for the other,
+    // which waits for the lock: this test would run into the deadline.
+    let device = Device::flex().autodiff();
+    let module = Arc::new(toy(DType::F64).fork(&device).train());
+    let barrier = Arc::new(Barrier::new(2));
+    let gradients = launch(2, move |group| -> Result<_, Error> {
+        let session = session(&group);
+        let placed = session.place(&*module, toy_role, &Device::flex().autodiff());
+        let toy = &placed.module;
+        let hidden = toy.used.val().mul_scalar(2.0);
+        let sum = dsp_core::collective::all_reduce(hidden, &group)?;
+        barrier.wait();
+        let gradients = session.backward(Loss::OfShard(sum.sum()))?;
+        // The source's own leaf has no part in it.
+        assert!(module.used.val().grad(&gradients).is_none());
+        Ok(values(&toy.used.val().grad(&gradients).unwrap()))
+    });
+    assert_eq!(gradients.unwrap(), [[4.0; 6]; 2]);
+}
+
+#[test]
+fn an_error_on_one_rank_in_a_session_is_the_root_for_all() {
+    let error = launch(2, |group| -> Result<(), Error> {
+        let session = session(&group);
+        let mut stages = session.stages();
+        if group.rank() == 1 {
+            stages.feed_forward()?;
+        }
+        let x = session.split(Tensor::zeros([1, 3, 2, 1, 2], &Device::flex()))?;
+        session.gather(x)?;
+        Ok(())
+    })
+    .unwrap_err();
+    let CommError::Failed { rank: 1, last: None, message } = &error.root else { panic!("{error}") };
+    assert!(message.contains("space"), "{message}");
+    let source = error.source.unwrap();
+    let Some(Error::Stage(StageError::Kind { .. })) = source.downcast_ref() else { panic!("{source}") };
+}

@@ -1,0 +1,200 @@
+//! A training step of rectified flow (Liu et al., arXiv:2209.03003), in Open-Sora 1.2's convention.
+//!
+//! With a video `x₀`, noise `ε` and a time `τ = timestep / 1000` in (0, 1):
+//!
+//! ```text
+//!   x_τ = (1 − τ)·x₀ + τ·ε          the model sees x_τ and the timestep
+//!   v   = x₀ − ε                     what it shall say
+//! ```
+//!
+//! Noise and timesteps come from [`crate::random`], so that every rank draws the same. The original's timestep
+//! transform, which counts the frames of its VAE, is left out.
+
+use burn::optim::ModuleOptimizer;
+use burn::tensor::{Tensor, TensorData};
+use dsp_core::collective::all_reduce_in;
+use dsp_core::ledger::Phase;
+use dsp_core::strategy::Loss;
+use dsp_core::{Placed, Session, Shard};
+
+use crate::error::ModelError;
+use crate::random::{Draws, Purpose};
+use crate::video_dit::{FrameMask, PatchOrder, Text, VideoConditions, VideoDit, patchify};
+
+/// The timestep of pure noise.
+pub const TIMESTEPS: f64 = 1000.0;
+
+/// What a model is trained on, the same on every rank.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// `[B, C, F, H, W]`, on the rank's device.
+    pub video: Tensor<5>,
+    /// Frames a second, one for each sample.
+    pub fps: Vec<f64>,
+    /// The picture's height and width in pixels.
+    pub resolution: [f64; 2],
+    /// `[B, L, caption_channels]`.
+    pub text: Text,
+    /// Which time positions are to be generated; all if it is not there. Given ones are shown without noise and
+    /// do not count in the loss.
+    pub frame_mask: Option<FrameMask>,
+}
+
+/// How a sample's timestep is drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sampling {
+    /// Uniform.
+    Uniform,
+    /// The logistic function of a normal number: in the middle more often than at the ends.
+    LogitNormal {
+        /// Its mean.
+        location: f64,
+        /// Its standard deviation.
+        scale: f64,
+    },
+}
+
+/// The random part of a training step.
+#[derive(Debug, Clone)]
+pub struct Noised {
+    /// One for each sample, between 0 and [`TIMESTEPS`].
+    pub timesteps: Vec<f64>,
+    /// `[B, C, F, H, W]`.
+    pub noise: Tensor<5>,
+}
+
+impl Noised {
+    /// Draws it for a step: the same wherever it is drawn.
+    pub fn draw(batch: &Batch, sampling: Sampling, seed: u64, step: u64) -> Self {
+        let shape = batch.video.dims();
+        let times = &mut Draws::new(seed, Purpose::Timesteps, step);
+        let times = match sampling {
+            Sampling::Uniform => times.uniforms(shape[0]),
+            Sampling::LogitNormal { location, scale } => (times.normals(shape[0]).into_iter())
+                .map(|normal| 1.0 / (1.0 + (-(location + scale * normal)).exp()))
+                .collect(),
+        };
+        let noise = Draws::new(seed, Purpose::Noise, step).normals(shape.iter().product());
+        let options = (&batch.video.device(), batch.video.dtype());
+        Self {
+            timesteps: times.into_iter().map(|time| time * TIMESTEPS).collect(),
+            noise: Tensor::from_data(TensorData::new(noise, shape), options),
+        }
+    }
+}
+
+/// This rank's terms of the loss: the squared errors of the velocity in its own tokens, over the *global* count.
+///
+/// Each sample's mean is over what is to be generated of it, and the loss is the mean over the samples. A sample
+/// of which nothing is to be generated adds 0.
+///
+/// # Errors
+/// [`ModelError`] if the batch does not fit the model, or the ranks fail.
+pub fn loss(
+    model: &VideoDit,
+    batch: &Batch,
+    noised: &Noised,
+    session: &Session,
+) -> Result<Tensor<1>, ModelError> {
+    let (video, noise) = (batch.video.clone(), noised.noise.clone());
+    let patch = model.x_embedder.patch_size();
+    let [samples, channels, frames, ..] = video.dims();
+    let like = (&video.device(), video.dtype());
+
+    let is_generated = |sample: usize, frame: usize| {
+        (batch.frame_mask.as_ref()).is_none_or(|mask| mask.is_generated(sample, frame / patch[0]))
+    };
+    let conditions = VideoConditions {
+        timesteps: noised.timesteps.clone(),
+        fps: batch.fps.clone(),
+        resolution: batch.resolution,
+        text: batch.text.clone(),
+        frame_mask: batch.frame_mask.clone(),
+    };
+    conditions.check(model, &video)?;
+
+    let mut times = Vec::with_capacity(samples * frames);
+    for (sample, timestep) in noised.timesteps.iter().enumerate() {
+        let time = |frame| match is_generated(sample, frame) {
+            true => timestep / TIMESTEPS,
+            false => 0.0,
+        };
+        times.extend((0..frames).map(time));
+    }
+    let times = TensorData::new(times, [samples, 1, frames, 1, 1]);
+    let times: Tensor<5> = Tensor::from_data(times, like);
+    let shown = video.clone() * times.clone().neg().add_scalar(1.0) + noise.clone() * times;
+
+    let tokens = model.forward(shown, &conditions, session)?;
+    let velocity = model.velocity(tokens)?;
+    let rank = session.group().rank();
+    let own = |tokens: Tensor<5>| Shard::split(tokens, velocity.layout(), rank);
+
+    let target = own(patchify(video - noise, patch, PatchOrder::ChannelLast))?.into_tensor();
+    let target = target.cast(velocity.tensor().dtype());
+    let weights = weights(&batch.video, is_generated);
+    let weights = own(patchify(weights, patch, PatchOrder::ChannelLast))?.into_tensor();
+    let weights = weights.cast(velocity.tensor().dtype());
+
+    let [samples, s1, s2, s3, _] = velocity.tensor().dims();
+    let volume = weights.dims()[4];
+    let error = velocity.tensor().clone() - target;
+    let square = (error.clone() * error).reshape([samples, s1, s2 * s3, volume, channels]);
+    Ok((square * weights.reshape([samples, s1, s2 * s3, volume, 1])).sum())
+}
+
+/// `[B, 1, F, H, W]`: by what each pixel's squared error is multiplied, so that their sum is the loss.
+fn weights(video: &Tensor<5>, is_generated: impl Fn(usize, usize) -> bool) -> Tensor<5> {
+    let [samples, channels, frames, height, width] = video.dims();
+    let mut values = Vec::with_capacity(samples * frames * height * width);
+    for sample in 0..samples {
+        let counted = (0..frames).filter(|&frame| is_generated(sample, frame)).count();
+        let count = samples * channels * counted * height * width;
+        for frame in 0..frames {
+            let weight = match is_generated(sample, frame) {
+                true => 1.0 / count as f64,
+                false => 0.0,
+            };
+            values.extend(std::iter::repeat_n(weight, height * width));
+        }
+    }
+    let data = TensorData::new(values, [samples, 1, frames, height, width]);
+    Tensor::from_data(data, (&video.device(), video.dtype()))
+}
+
+/// Which step of a training this is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Its number, from 0.
+    pub number: u64,
+    /// The seed of the whole training.
+    pub seed: u64,
+    /// How timesteps are drawn.
+    pub sampling: Sampling,
+    /// The learning rate.
+    pub learning_rate: f64,
+}
+
+/// One step: forward, backward, the gradients' reduction, the optimizer.
+///
+/// Returns the changed model and the loss of the whole batch before the change, the same on every rank. The
+/// optimizer is Burn's AdamW (`AdamWConfig::new().init()`) or another; each rank has its own, and they stay the
+/// same because the reduced gradients are.
+///
+/// # Errors
+/// [`ModelError`] if the batch does not fit the model, or the ranks fail.
+pub fn train_step(
+    mut model: Placed<VideoDit>,
+    optimizer: &mut ModuleOptimizer,
+    batch: &Batch,
+    step: Step,
+    session: &Session,
+) -> Result<(Placed<VideoDit>, f64), ModelError> {
+    let noised = Noised::draw(batch, step.sampling, step.seed, step.number);
+    let loss = loss(&model.module, batch, &noised, session)?;
+    let shown = all_reduce_in(loss.clone().detach(), Phase::Outside, session.group())?;
+    let mut gradients = session.backward(Loss::OfShard(loss))?;
+    let gradients = session.reduce(&mut gradients, &model)?;
+    model.module = optimizer.step(step.learning_rate, model.module, gradients);
+    Ok((model, shown.into_scalar::<f64>()))
+}
