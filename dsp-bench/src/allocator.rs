@@ -37,6 +37,18 @@ impl CountingAllocator {
         }
     }
 
+    /// Lets mimalloc keep freed pages for reuse, rather than give them back to the system.
+    ///
+    /// A step frees and asks for the same hundreds of megabytes again and again; pages that come back from
+    /// the system must be cleared first, which took a fifth of a step's processor time.
+    pub fn keep_freed_pages(&self) {
+        /// `mi_option_purge_delay` in mimalloc's header: milliseconds, or -1 for never.
+        const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+        // SAFETY: the option exists in the mimalloc that is linked, whose header gives its number; setting it
+        // only stores a number, which mimalloc reads when it frees.
+        unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    }
+
     /// Bytes that are held now.
     pub fn current_bytes(&self) -> usize {
         self.current_bytes.load(Relaxed)

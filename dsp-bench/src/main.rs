@@ -88,6 +88,7 @@ enum Dtype {
 }
 
 fn main() -> ExitCode {
+    MEMORY.keep_freed_pages();
     let outcome = match Cli::parse().command {
         Command::Compare(args) => run_compare(args),
         Command::Verify(args) => run_verify(&args),

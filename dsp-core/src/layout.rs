@@ -114,7 +114,8 @@ impl MeshAxis {
 
     /// Whether each coordinate on this axis meets each coordinate on `other`, as in a mesh.
     fn is_independent_of(self, other: Self) -> bool {
-        let nests = |inner: Self, outer: Self| outer.stride.is_multiple_of(inner.stride * inner.size);
+        let nests =
+            |inner: Self, outer: Self| outer.stride.is_multiple_of(inner.stride * inner.size);
         self.size == 1 || other.size == 1 || nests(self, other) || nests(other, self)
     }
 
@@ -579,10 +580,13 @@ pub fn select_ranges<const D: usize>(
     ranges: &[Range<usize>],
 ) -> Tensor<D> {
     let held = || ranges.iter().filter(|range| !range.is_empty());
+    let mut after = tensor.dims();
+    after[dim] = held().map(ExactSizeIterator::len).sum();
     match ranges {
-        _ if held().next().is_none() => {
+        _ if after.contains(&0) => {
             let dims = tensor.dims();
-            let nothing = tensor.clone().inner().slice_dim(dim, 0..0);
+            let nothing =
+                Tensor::zeros(after, (&tensor.device().without_autodiff(), tensor.dtype()));
             vjp::attach1(tensor, nothing, move |gradient: Tensor<D>| {
                 let like = (&gradient.device(), gradient.dtype());
                 Ok::<_, Infallible>(Tensor::zeros(dims, like))

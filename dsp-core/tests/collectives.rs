@@ -1000,13 +1000,31 @@ fn a_mesh_axis_names_its_members_by_coordinate() {
 fn two_axes_cannot_be_split_over_the_same_ranks() {
     let partition = |length, ranks| Partition::balanced(length, ranks);
     let first = Layout::split([4, 4, 4], SeqAxis::FIRST, 4);
-    let refused = LayoutError::SameRanks { axis: SeqAxis::SECOND, other: SeqAxis::FIRST };
-    for over in [MeshAxis::whole(4), MeshAxis { stride: 2, size: 2 }, MeshAxis { stride: 1, size: 2 }] {
-        let split = first.clone().with_split(SeqAxis::SECOND, partition(4, over.size), over);
+    let refused = LayoutError::SameRanks {
+        axis: SeqAxis::SECOND,
+        other: SeqAxis::FIRST,
+    };
+    for over in [
+        MeshAxis::whole(4),
+        MeshAxis { stride: 2, size: 2 },
+        MeshAxis { stride: 1, size: 2 },
+    ] {
+        let split = first
+            .clone()
+            .with_split(SeqAxis::SECOND, partition(4, over.size), over);
         assert_eq!(split, Err(refused.clone()));
     }
     // Splitting the same axis anew is a change of its split.
     let again = MeshAxis { stride: 2, size: 2 };
-    first.clone().with_split(SeqAxis::FIRST, partition(4, 2), again).unwrap();
-    first.with_split(SeqAxis::SECOND, partition(4, 2), MeshAxis { stride: 4, size: 2 }).unwrap();
+    first
+        .clone()
+        .with_split(SeqAxis::FIRST, partition(4, 2), again)
+        .unwrap();
+    first
+        .with_split(
+            SeqAxis::SECOND,
+            partition(4, 2),
+            MeshAxis { stride: 4, size: 2 },
+        )
+        .unwrap();
 }

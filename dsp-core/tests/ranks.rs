@@ -38,26 +38,27 @@ where
     let views = Arc::new(Mutex::new(vec![None; ranks]));
     let seen = views.clone();
     let start = Instant::now();
-    let launched = Launch::new(ranks)
-        .timeout(DEADLINE)
-        .run(move |group: Group| -> Result<(), BoxError> {
-            let rank = group.rank();
-            let note = |error: &CommError| seen.lock().unwrap()[rank] = Some(error.clone());
-            match catch_unwind(AssertUnwindSafe(|| body(&group))) {
-                Ok(result) => result.inspect_err(|error| {
-                    if let Some(error) = error.downcast_ref::<CommError>() {
-                        note(error);
+    let launched =
+        Launch::new(ranks)
+            .timeout(DEADLINE)
+            .run(move |group: Group| -> Result<(), BoxError> {
+                let rank = group.rank();
+                let note = |error: &CommError| seen.lock().unwrap()[rank] = Some(error.clone());
+                match catch_unwind(AssertUnwindSafe(|| body(&group))) {
+                    Ok(result) => result.inspect_err(|error| {
+                        if let Some(error) = error.downcast_ref::<CommError>() {
+                            note(error);
+                        }
+                    }),
+                    Err(payload) => {
+                        let payload: Box<dyn Any + Send> = payload;
+                        if let Some(error) = payload.downcast_ref::<CommError>() {
+                            note(error);
+                        }
+                        resume_unwind(payload)
                     }
-                }),
-                Err(payload) => {
-                    let payload: Box<dyn Any + Send> = payload;
-                    if let Some(error) = payload.downcast_ref::<CommError>() {
-                        note(error);
-                    }
-                    resume_unwind(payload)
                 }
-            }
-        });
+            });
     let elapsed = start.elapsed();
     assert!(elapsed < DEADLINE + SLACK, "the launch took {elapsed:?}");
     let launch = launched.expect_err("the launch fails");
@@ -71,7 +72,11 @@ impl Failure {
     fn root_on_all_but(&self, gone: &[usize]) -> CommError {
         for (rank, view) in self.views.iter().enumerate() {
             if !gone.contains(&rank) {
-                assert_eq!(view.as_ref(), Some(&self.launch.root), "what rank {rank} saw");
+                assert_eq!(
+                    view.as_ref(),
+                    Some(&self.launch.root),
+                    "what rank {rank} saw"
+                );
             }
         }
         self.launch.root.clone()
@@ -128,9 +133,19 @@ fn a_panic_before_any_collective_ends_all_ranks() {
         });
         let root = failure.root_on_all_but(&[culprit]);
         let message = format!("I am rank {culprit}");
-        assert_eq!(root, CommError::Panicked { rank: culprit, last: None, message });
+        assert_eq!(
+            root,
+            CommError::Panicked {
+                rank: culprit,
+                last: None,
+                message
+            }
+        );
         let text = failure.launch.to_string();
-        assert_eq!(text, format!("rank {culprit} panicked before any collective: I am rank {culprit}"));
+        assert_eq!(
+            text,
+            format!("rank {culprit} panicked before any collective: I am rank {culprit}")
+        );
     }
     assert_that_a_new_launch_works();
 }
@@ -144,13 +159,24 @@ fn a_panic_between_two_collectives_names_the_last_one() {
             reduced(group)?;
             Ok(())
         });
-        let CommError::Panicked { rank: 1, last, message } = failure.root_on_all_but(&[1]) else {
+        let CommError::Panicked {
+            rank: 1,
+            last,
+            message,
+        } = failure.root_on_all_but(&[1])
+        else {
             panic!("{}", failure.launch);
         };
         // An all-reduce is two exchanges: 0 and 1.
-        assert_eq!((last, message.as_str()), (Some(all_reduce_call(1)), "out of luck"));
+        assert_eq!(
+            (last, message.as_str()),
+            (Some(all_reduce_call(1)), "out of luck")
+        );
         let text = failure.launch.to_string();
-        assert!(text.starts_with("rank 1 panicked after all-reduce #1 of "), "{text}");
+        assert!(
+            text.starts_with("rank 1 panicked after all-reduce #1 of "),
+            "{text}"
+        );
     }
 }
 
@@ -169,7 +195,10 @@ fn a_panic_in_the_middle_of_a_backward_pass_ends_all_ranks_and_leaves_burn_usabl
             z.sum().backward();
             Ok(())
         });
-        let CommError::Panicked { rank: 1, message, .. } = failure.root_on_all_but(&[1]) else {
+        let CommError::Panicked {
+            rank: 1, message, ..
+        } = failure.root_on_all_but(&[1])
+        else {
             panic!("{}", failure.launch);
         };
         assert_eq!(message, "a bad gradient");
@@ -196,7 +225,14 @@ fn an_error_that_a_rank_returns_reaches_the_others_and_stays_the_source() {
         let root = failure.root_on_all_but(&[culprit]);
         let message = "no more data: disk gone".to_owned();
         let last = Some(all_reduce_call(1));
-        assert_eq!(root, CommError::Failed { rank: culprit, last, message });
+        assert_eq!(
+            root,
+            CommError::Failed {
+                rank: culprit,
+                last,
+                message
+            }
+        );
         let source = failure.launch.source.as_ref().unwrap();
         assert!(source.is::<NoMoreData>());
         assert!(failure.launch.abandoned.is_empty());
@@ -214,7 +250,13 @@ fn a_rank_that_sleeps_where_others_wait_is_missed_at_the_deadline_and_abandoned(
             reduced(group)?;
             Ok(())
         });
-        let CommError::Unanswered { rank, call, missing, waited } = failure.root_on_all_but(&[1]) else {
+        let CommError::Unanswered {
+            rank,
+            call,
+            missing,
+            waited,
+        } = failure.root_on_all_but(&[1])
+        else {
             panic!("{}", failure.launch);
         };
         assert_ne!(rank, 1);
@@ -222,8 +264,14 @@ fn a_rank_that_sleeps_where_others_wait_is_missed_at_the_deadline_and_abandoned(
         assert!(waited >= DEADLINE && waited < DEADLINE + SLACK);
         assert_eq!(failure.launch.abandoned, [1]);
         let text = failure.launch.to_string();
-        assert!(text.contains("in all-reduce #2 of [1, 6, 1, 1, 1] F32 (tracked)"), "{text}");
-        assert!(text.ends_with("(the threads of ranks [1] did not end and are abandoned)"), "{text}");
+        assert!(
+            text.contains("in all-reduce #2 of [1, 6, 1, 1, 1] F32 (tracked)"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("(the threads of ranks [1] did not end and are abandoned)"),
+            "{text}"
+        );
     }
     assert_that_a_new_launch_works();
 }
@@ -237,7 +285,12 @@ fn a_rank_that_sleeps_when_nobody_needs_it_any_more_is_named_as_stuck() {
         }
         Ok(())
     });
-    let CommError::Stuck { rank: 2, last, waited } = &failure.launch.root else {
+    let CommError::Stuck {
+        rank: 2,
+        last,
+        waited,
+    } = &failure.launch.root
+    else {
         panic!("{}", failure.launch);
     };
     assert_eq!(last, &Some(all_reduce_call(1)));
@@ -258,10 +311,20 @@ fn a_rank_that_calls_another_collective_is_told_from_the_others() {
             }
             Ok(())
         });
-        let CommError::Mismatch { rank, call, other, other_call } = failure.root_on_all_but(&[]) else {
+        let CommError::Mismatch {
+            rank,
+            call,
+            other,
+            other_call,
+        } = failure.root_on_all_but(&[])
+        else {
             panic!("{}", failure.launch);
         };
-        let (odd, usual) = if rank == 1 { (&call, &other_call) } else { (&other_call, &call) };
+        let (odd, usual) = if rank == 1 {
+            (&call, &other_call)
+        } else {
+            (&other_call, &call)
+        };
         assert!(rank == 1 || other == 1);
         assert_eq!(usual, &all_reduce_call(2));
         assert_eq!((odd.collective, odd.sequence), (Collective::Broadcast, 2));
@@ -285,7 +348,12 @@ fn a_rank_that_passes_another_global_shape_is_a_mismatch() {
             let x = Tensor::<1>::zeros([if odd { 4 } else { 3 }], &Device::flex());
             collective::all_reduce(x, group).map(|_| ())
         });
-        let CommError::Mismatch { call, other_call, .. } = root else { panic!("{root}") };
+        let CommError::Mismatch {
+            call, other_call, ..
+        } = root
+        else {
+            panic!("{root}")
+        };
         let mut lengths = [call.shape[1], other_call.shape[1]];
         lengths.sort_unstable();
         assert_eq!(lengths, [3, 4]);
@@ -300,7 +368,15 @@ fn a_rank_whose_block_is_not_its_part_is_named_with_both_shapes() {
             let x = Tensor::<2>::zeros([3, if odd { 1 } else { 2 }], &Device::flex());
             collective::all_gather(x, 1, &partition, group).map(|_| ())
         });
-        let CommError::Shape { rank: 1, call, expected, got } = root else { panic!("{root}") };
+        let CommError::Shape {
+            rank: 1,
+            call,
+            expected,
+            got,
+        } = root
+        else {
+            panic!("{root}")
+        };
         assert_eq!((call.collective, call.sequence), (Collective::AllGather, 0));
         assert_eq!(expected, [3, 2, 1, 1, 1]);
         assert_eq!(got.iter().product::<usize>(), 3);
@@ -315,7 +391,12 @@ fn a_rank_that_passes_another_dtype_is_a_mismatch() {
             let x = Tensor::<1>::zeros([3], (&Device::flex(), dtype));
             collective::all_reduce(x, group).map(|_| ())
         });
-        let CommError::Mismatch { call, other_call, .. } = root else { panic!("{root}") };
+        let CommError::Mismatch {
+            call, other_call, ..
+        } = root
+        else {
+            panic!("{root}")
+        };
         assert_ne!(call.dtype, other_call.dtype);
     }
 }
@@ -328,7 +409,12 @@ fn a_rank_whose_tensor_is_not_tracked_is_a_mismatch_before_its_backward_can_be_m
             let x = if odd { x } else { x.require_grad() };
             collective::all_reduce(x, group).map(|_| ())
         });
-        let CommError::Mismatch { call, other_call, .. } = root else { panic!("{root}") };
+        let CommError::Mismatch {
+            call, other_call, ..
+        } = root
+        else {
+            panic!("{root}")
+        };
         assert_ne!(call.tracking, other_call.tracking);
     }
 }
@@ -346,7 +432,9 @@ fn a_rank_with_another_partition_of_the_same_length_is_found() {
             let x = Tensor::<1>::zeros([2], &Device::flex());
             collective::all_gather(x, 0, &partition, group).map(|_| ())
         });
-        let CommError::Partitions { rank, other, call } = root else { panic!("{root}") };
+        let CommError::Partitions { rank, other, call } = root else {
+            panic!("{root}")
+        };
         assert!(rank == 1 || other == 1);
         assert_eq!((call.collective, call.sequence), (Collective::AllGather, 0));
     }
@@ -363,7 +451,12 @@ fn a_rank_that_returns_while_others_wait_for_it_ends_them_at_once() {
             }
             Ok(())
         });
-        let CommError::PeerEnded { rank, call, ended: 1 } = failure.root_on_all_but(&[1]) else {
+        let CommError::PeerEnded {
+            rank,
+            call,
+            ended: 1,
+        } = failure.root_on_all_but(&[1])
+        else {
             panic!("{}", failure.launch);
         };
         assert_ne!(rank, 1);
@@ -383,7 +476,12 @@ fn a_rank_that_returns_before_a_collective_in_which_nobody_needs_it_is_found_all
         }
         Ok(())
     });
-    let CommError::PeerEnded { rank, call, ended: 1 } = &failure.launch.root else {
+    let CommError::PeerEnded {
+        rank,
+        call,
+        ended: 1,
+    } = &failure.launch.root
+    else {
         panic!("{}", failure.launch);
     };
     assert_ne!(*rank, 1);
@@ -425,7 +523,10 @@ fn a_failure_in_one_sub_group_ends_the_ranks_of_the_others() {
         }
         Ok(())
     });
-    let CommError::Failed { rank: 3, message, .. } = failure.root_on_all_but(&[3]) else {
+    let CommError::Failed {
+        rank: 3, message, ..
+    } = failure.root_on_all_but(&[3])
+    else {
         panic!("{}", failure.launch);
     };
     assert_eq!(message, "rank 3 gives up");
@@ -449,7 +550,10 @@ fn a_divergence_in_a_sub_group_names_ranks_of_the_world() {
 
 #[test]
 fn a_cause_that_a_rank_names_itself_is_the_root_for_all() {
-    let cause = CommError::Spawn { rank: 1, message: "an engine of its own".to_owned() };
+    let cause = CommError::Spawn {
+        rank: 1,
+        message: "an engine of its own".to_owned(),
+    };
     let given = cause.clone();
     let failure = failing(3, move |group| {
         if group.rank() == 1 {
@@ -475,7 +579,10 @@ fn one_rank_alone_runs_every_collective_and_sends_nothing() {
         let gradient = x.grad(&y.sum().backward()).unwrap();
         assert_eq!(values(&gradient), [1.0; 6]);
         let traffic = group.ledger().read();
-        Ok(traffic.iter().map(|(_, _, entry)| entry.bytes + entry.messages).sum::<u64>())
+        Ok(traffic
+            .iter()
+            .map(|(_, _, entry)| entry.bytes + entry.messages)
+            .sum::<u64>())
     });
     assert_eq!(sent.unwrap(), [0]);
 }

@@ -52,7 +52,10 @@ impl SequenceParallel for Blocks {
         };
         let width = shape[dim] / units;
         let (start, end) = (rank * units / ranks, (rank + 1) * units / ranks);
-        Placement::Sharded { dim, ranges: std::iter::once(start * width..end * width).collect() }
+        Placement::Sharded {
+            dim,
+            ranges: std::iter::once(start * width..end * width).collect(),
+        }
     }
 }
 
@@ -79,7 +82,11 @@ fn session(group: &Group) -> Session {
 #[test]
 fn a_model_that_strays_from_its_declaration_is_told_where() {
     let session = session(&Group::alone());
-    let x = || session.split(Tensor::zeros([1, 3, 2, 1, 2], &Device::flex())).unwrap();
+    let x = || {
+        session
+            .split(Tensor::zeros([1, 3, 2, 1, 2], &Device::flex()))
+            .unwrap()
+    };
 
     let mut stages = session.stages();
     let wrong = stages.feed_forward().unwrap_err();
@@ -98,18 +105,29 @@ fn a_model_that_strays_from_its_declaration_is_told_where() {
     stages.attention().unwrap();
     assert_eq!(
         stages.finish(x()).unwrap_err(),
-        Error::Stage(StageError::TooFew { run: 1, declared: 3 })
+        Error::Stage(StageError::TooFew {
+            run: 1,
+            declared: 3
+        })
     );
 
     let mut stages = session.stages();
     stages.attention().unwrap();
     let text = stages.cross_attention().unwrap();
     let not_attention = text.attend(x(), x(), x()).unwrap_err();
-    let Error::Stage(StageError::Kind { index: 1, wanted: "self-attention", .. }) = not_attention else {
+    let Error::Stage(StageError::Kind {
+        index: 1,
+        wanted: "self-attention",
+        ..
+    }) = not_attention
+    else {
         panic!("{not_attention}");
     };
     stages.feed_forward().unwrap();
-    let expected = StageError::TooMany { declared: 3, wanted: "cross-attention" };
+    let expected = StageError::TooMany {
+        declared: 3,
+        wanted: "cross-attention",
+    };
     assert_eq!(stages.cross_attention().unwrap_err(), expected);
     stages.finish(x()).unwrap();
 }
@@ -128,20 +146,35 @@ fn a_shard_of_another_layout_than_the_plans_is_refused_by_name() {
         got: other.into(),
     };
     assert_eq!(stage.enter(x).unwrap_err(), Error::Layout(expected));
-    let lengths = session.split(Tensor::zeros([1, 3, 3, 1, 2], &Device::flex())).unwrap_err();
-    assert_eq!(lengths, LayoutError::Lengths { from: [3, 3, 1], to: [3, 2, 1] });
+    let lengths = session
+        .split(Tensor::zeros([1, 3, 3, 1, 2], &Device::flex()))
+        .unwrap_err();
+    assert_eq!(
+        lengths,
+        LayoutError::Lengths {
+            from: [3, 3, 1],
+            to: [3, 2, 1]
+        }
+    );
 }
 
 #[test]
 fn channels_that_are_not_the_declared_heads_are_refused() {
     let session = session(&Group::alone());
     let stage = session.stages().attention().unwrap();
-    let x = |channels| session.split(Tensor::zeros([1, 3, 2, 1, channels], &Device::flex())).unwrap();
+    let x = |channels| {
+        session
+            .split(Tensor::zeros([1, 3, 2, 1, channels], &Device::flex()))
+            .unwrap()
+    };
     let Error::Shape { got, rule, .. } = stage.attend(x(3), x(3), x(3)).unwrap_err() else {
         panic!("an odd number of channels is no number of heads of 2");
     };
     assert_eq!(got, [3, 3, 3]);
-    assert_eq!(rule, "their channels must be heads of 2 in the proportion 1 : 1 : 1");
+    assert_eq!(
+        rule,
+        "their channels must be heads of 2 in the proportion 1 : 1 : 1"
+    );
     stage.attend(x(4), x(2), x(2)).unwrap_err();
 }
 
@@ -150,7 +183,10 @@ fn a_bias_is_added_over_the_channels() {
     let layout = Layout::whole([1, 1, 1]);
     let x = Shard::new(Tensor::ones([1, 1, 1, 1, 2], &Device::flex()), layout, 0).unwrap();
     let bias = Tensor::<1>::from_floats([1.0, 2.0], &Device::flex());
-    assert_eq!(values(add_bias(x, Some(bias)).unwrap().tensor()), [2.0, 3.0]);
+    assert_eq!(
+        values(add_bias(x, Some(bias)).unwrap().tensor()),
+        [2.0, 3.0]
+    );
 }
 
 #[test]
@@ -160,7 +196,8 @@ fn a_loss_of_the_whole_gives_the_gradients_of_a_loss_of_the_parts() {
             let session = session(&group);
             let device = Device::flex().autodiff();
             let whole = random([1, 3, 2, 1, 2], 3, DType::F64);
-            let leaf = || Tensor::<5>::from_data(whole.to_data(), (&device, DType::F64)).require_grad();
+            let leaf =
+                || Tensor::<5>::from_data(whole.to_data(), (&device, DType::F64)).require_grad();
 
             let x = leaf();
             let part = session.split(x.clone())?.into_tensor();
@@ -171,9 +208,15 @@ fn a_loss_of_the_whole_gives_the_gradients_of_a_loss_of_the_parts() {
             let gathered = session.gather(session.split(x.clone())?)?;
             let loss = (gathered.clone() * gathered).mean();
             let of_whole = x.grad(&session.backward(Loss::OfWhole(loss))?).unwrap();
-            let sent = group.ledger().read().entry(Phase::Forward, Collective::AllGather);
+            let sent = group
+                .ledger()
+                .read()
+                .entry(Phase::Forward, Collective::AllGather);
             assert_eq!(sent.elements, session.expected_gather(1, 2).forward);
-            let sent = group.ledger().read().entry(Phase::Backward, Collective::ReduceScatter);
+            let sent = group
+                .ledger()
+                .read()
+                .entry(Phase::Backward, Collective::ReduceScatter);
             assert_eq!(sent.elements, session.expected_gather(1, 2).backward);
             Ok((values(&of_shard), values(&of_whole), values(&whole)))
         })
@@ -203,13 +246,21 @@ fn a_failure_in_backward_is_an_error_of_the_session_and_not_a_panic() {
         if group.rank() == 1 {
             return Ok(());
         }
-        let error = session.backward(Loss::OfWhole(gathered.sum())).err().unwrap();
+        let error = session
+            .backward(Loss::OfWhole(gathered.sum()))
+            .err()
+            .unwrap();
         seen.lock().unwrap().push(error.clone());
         Err(error.into())
     })
     .unwrap_err();
-    assert_eq!(roots.lock().unwrap().as_slice(), std::slice::from_ref(&error.root));
-    let CommError::PeerEnded { ended: 1, .. } = error.root else { panic!("{error}") };
+    assert_eq!(
+        roots.lock().unwrap().as_slice(),
+        std::slice::from_ref(&error.root)
+    );
+    let CommError::PeerEnded { ended: 1, .. } = error.root else {
+        panic!("{error}")
+    };
 }
 
 /// A module with a parameter that some ranks do not use, one that is sharded and one that is frozen.
@@ -233,7 +284,11 @@ fn toy(dtype: DType) -> Toy {
 
 fn toy_role(path: &str) -> Role {
     match path {
-        "sharded" => Role::Columns { dim: 1, fused: 1, units: 3 },
+        "sharded" => Role::Columns {
+            dim: 1,
+            fused: 1,
+            units: 3,
+        },
         "used" | "unused" | "frozen" => Role::Replicated,
         path => panic!("no parameter is at {path}"),
     }
@@ -291,7 +346,11 @@ fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_
             for (rank, (used, unused, sharded, values)) in seen.into_iter().enumerate() {
                 assert_eq!(used, [sum; 6]);
                 assert_eq!(unused, [0.5; 4]);
-                assert!(sharded.iter().all(|&value| value == 10.0 * (rank + 1) as f64));
+                assert!(
+                    sharded
+                        .iter()
+                        .all(|&value| value == 10.0 * (rank + 1) as f64)
+                );
                 let columns = 2 * (3 * rank / ranks)..2 * (3 * (rank + 1) / ranks);
                 let own = module.sharded.val().slice([0..2, columns]);
                 assert_eq!(values, bits(&own));
@@ -335,8 +394,17 @@ fn an_error_on_one_rank_in_a_session_is_the_root_for_all() {
         Ok(())
     })
     .unwrap_err();
-    let CommError::Failed { rank: 1, last: None, message } = &error.root else { panic!("{error}") };
+    let CommError::Failed {
+        rank: 1,
+        last: None,
+        message,
+    } = &error.root
+    else {
+        panic!("{error}")
+    };
     assert!(message.contains("space"), "{message}");
     let source = error.source.unwrap();
-    let Some(Error::Stage(StageError::Kind { .. })) = source.downcast_ref() else { panic!("{source}") };
+    let Some(Error::Stage(StageError::Kind { .. })) = source.downcast_ref() else {
+        panic!("{source}")
+    };
 }

@@ -14,6 +14,7 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::{Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::Phase;
+use dsp_core::shape::reshape;
 use dsp_core::strategy::Loss;
 use dsp_core::{Placed, Session, Shard};
 
@@ -139,8 +140,10 @@ pub fn loss(
     let [samples, s1, s2, s3, _] = velocity.tensor().dims();
     let volume = weights.dims()[4];
     let error = velocity.tensor().clone() - target;
-    let square = (error.clone() * error).reshape([samples, s1, s2 * s3, volume, channels]);
-    Ok((square * weights.reshape([samples, s1, s2 * s3, volume, 1])).sum())
+    let square = error.clone() * error;
+    let square: Tensor<5> = reshape(square, [samples, s1, s2 * s3, volume, channels]);
+    let weights: Tensor<5> = reshape(weights, [samples, s1, s2 * s3, volume, 1]);
+    Ok((square * weights).sum())
 }
 
 /// `[B, 1, F, H, W]`: by what each pixel's squared error is multiplied, so that their sum is the loss.
@@ -148,7 +151,9 @@ fn weights(video: &Tensor<5>, is_generated: impl Fn(usize, usize) -> bool) -> Te
     let [samples, channels, frames, height, width] = video.dims();
     let mut values = Vec::with_capacity(samples * frames * height * width);
     for sample in 0..samples {
-        let counted = (0..frames).filter(|&frame| is_generated(sample, frame)).count();
+        let counted = (0..frames)
+            .filter(|&frame| is_generated(sample, frame))
+            .count();
         let count = samples * channels * counted * height * width;
         for frame in 0..frames {
             let weight = match is_generated(sample, frame) {

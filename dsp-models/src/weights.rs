@@ -144,7 +144,9 @@ impl Weights {
             Source::File(path) => SafetensorsStore::from_file(path),
             Source::Bytes(bytes) => SafetensorsStore::from_bytes(Some(bytes.clone())),
         };
-        let all = store.get_all_tensors().map_err(|error| self.failed(error))?;
+        let all = store
+            .get_all_tensors()
+            .map_err(|error| self.failed(error))?;
         let ours = all.iter().filter_map(|(name, tensor)| {
             let name = name.strip_prefix(&self.prefix)?;
             let mut tensor = tensor.clone();
@@ -201,7 +203,9 @@ pub fn save<M: OriginalNames>(module: &M, path: impl Into<PathBuf>) -> Result<()
         return Ok(());
     };
     let mut store = storing::<M>(SafetensorsStore::from_file(path)).overwrite(true);
-    store.collect_from(module).map_err(|error| weights.failed(error))
+    store
+        .collect_from(module)
+        .map_err(|error| weights.failed(error))
 }
 
 /// The bytes of the file that [`save`] writes.
@@ -211,7 +215,9 @@ pub fn save<M: OriginalNames>(module: &M, path: impl Into<PathBuf>) -> Result<()
 pub fn to_bytes<M: OriginalNames>(module: &M) -> Result<Vec<u8>, WeightsError> {
     let weights = Weights::bytes(vec![]);
     let mut store = storing::<M>(SafetensorsStore::from_bytes(None));
-    store.collect_from(module).map_err(|error| weights.failed(error))?;
+    store
+        .collect_from(module)
+        .map_err(|error| weights.failed(error))?;
     store.get_bytes().map_err(|error| weights.failed(error))
 }
 

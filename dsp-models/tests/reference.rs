@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     reason = "a test that cannot read its file has failed"
 )]
+#![allow(clippy::print_stdout, reason = "the errors found, for those who ask")]
 
 mod common;
 
@@ -28,7 +29,8 @@ fn number(config: &serde_json::Value, key: &str) -> usize {
 /// Rows of booleans from a `[B, n]` tensor.
 fn rows(mask: &Values) -> Vec<Vec<bool>> {
     let rows = mask.values.chunks(mask.shape[1]);
-    rows.map(|row| row.iter().map(|&keep| keep != 0.0).collect()).collect()
+    rows.map(|row| row.iter().map(|&keep| keep != 0.0).collect())
+        .collect()
 }
 
 fn reshaped(mut values: Values, shape: &[usize]) -> Values {
@@ -102,7 +104,18 @@ fn model(fixture: &Fixture, dtype: DType) -> ModelCase {
 
 /// What is no result: parameters, inputs, the cotangent and the rotary frequencies.
 const INPUTS: [&str; 12] = [
-    "dout", "x", "y", "t", "t0", "x_mask", "mask", "rope_freqs", "timestep", "fps", "height", "width",
+    "dout",
+    "x",
+    "y",
+    "t",
+    "t0",
+    "x_mask",
+    "mask",
+    "rope_freqs",
+    "timestep",
+    "fps",
+    "height",
+    "width",
 ];
 
 /// Compares every result of the file, and returns the worst with its name.
@@ -118,9 +131,15 @@ fn worst(fixture: &Fixture, run: &Run, tolerance: f64) -> (f64, String) {
         };
         errors.insert(name.clone(), found.error(&fixture.get(&name)));
     }
-    let beyond: Vec<_> = errors.iter().filter(|(_, error)| **error > tolerance).collect();
+    let beyond: Vec<_> = errors
+        .iter()
+        .filter(|(_, error)| **error > tolerance)
+        .collect();
     assert!(beyond.is_empty(), "beyond {tolerance:e}: {beyond:?}");
-    let worst = errors.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    let worst = errors
+        .into_iter()
+        .max_by(|a, b| a.1.total_cmp(&b.1))
+        .unwrap();
     (worst.1, worst.0)
 }
 
@@ -142,7 +161,10 @@ fn block_fixture(name: &str) {
         every_strategy(|strategy, ranks| {
             let run = case.run(strategy, ranks).unwrap();
             let (error, tensor) = worst(&fixture, &run, tolerance);
-            println!("{name} {dtype:?} {} {ranks}: {error:.2e} ({tensor})", strategy.name());
+            println!(
+                "{name} {dtype:?} {} {ranks}: {error:.2e} ({tensor})",
+                strategy.name()
+            );
         });
     }
 }
@@ -164,8 +186,23 @@ fn the_whole_model_gives_videosys_outputs_and_gradients() {
         let case = Arc::new(model(&fixture, dtype));
         every_strategy(|strategy, ranks| {
             let run = case.run(strategy, ranks).unwrap();
+            for name in fixture.names() {
+                let Some(name) = name.strip_prefix("param.") else {
+                    continue;
+                };
+                // The original's text for no text is a buffer: stored, but not trained.
+                let is_trained = name != "y_embedder.y_embedding";
+                assert_eq!(
+                    run.found.contains_key(&format!("grad.{name}")),
+                    is_trained,
+                    "{name}"
+                );
+            }
             let (error, tensor) = worst(&fixture, &run, tolerance);
-            println!("model {dtype:?} {} {ranks}: {error:.2e} ({tensor})", strategy.name());
+            println!(
+                "model {dtype:?} {} {ranks}: {error:.2e} ({tensor})",
+                strategy.name()
+            );
         });
     }
 }

@@ -31,9 +31,8 @@ fn config() -> VideoDitConfig {
 
 fn batch(device: &Device, frame_mask: Option<FrameMask>) -> Batch {
     let mut draws = Draws::new(3, Purpose::Other, 0);
-    let mut tensor = |shape: &[usize]| {
-        TensorData::new(draws.normals(shape.iter().product()), shape.to_vec())
-    };
+    let mut tensor =
+        |shape: &[usize]| TensorData::new(draws.normals(shape.iter().product()), shape.to_vec());
     let video = Tensor::from_data(tensor(&[2, 3, 5, 3, 6]), (device, DType::F64));
     let text = Tensor::from_data(tensor(&[2, 3, 5]), (device, DType::F64));
     Batch {
@@ -78,7 +77,9 @@ fn train(
         losses.push(loss);
     }
     let parameters = named_parameters(&model.module).unwrap();
-    let parameters = parameters.values().flat_map(|data| data.iter::<f64>().collect::<Vec<_>>());
+    let parameters = parameters
+        .values()
+        .flat_map(|data| data.iter::<f64>().collect::<Vec<_>>());
     Ok((losses, parameters.collect()))
 }
 
@@ -89,7 +90,9 @@ fn training_lowers_the_loss_alike_under_every_strategy() {
         vec![true, true, false, true, false],
     ]);
     for frame_mask in [None, Some(mask)] {
-        let template = config().init(Init::AsPublished, 1, &Device::flex()).unwrap();
+        let template = config()
+            .init(Init::AsPublished, 1, &Device::flex())
+            .unwrap();
         let template = Arc::new(cast(template, DType::F64));
         let mut expected: Option<(Vec<f64>, Vec<f64>)> = None;
         for strategy in dsp_strategies::all() {
@@ -103,15 +106,27 @@ fn training_lowers_the_loss_alike_under_every_strategy() {
                     train(&template, strategy.clone(), mask.clone(), group)
                 })
                 .unwrap();
-                assert!(ends.iter().all(|end| *end == ends[0]), "the ranks' models drifted apart");
+                assert!(
+                    ends.iter().all(|end| *end == ends[0]),
+                    "the ranks' models drifted apart"
+                );
                 let (losses, parameters) = &ends[0];
-                assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
+                assert!(
+                    losses.windows(2).all(|pair| pair[1] < pair[0]),
+                    "{losses:?}"
+                );
                 let (first, last) = expected.get_or_insert_with(|| ends[0].clone());
-                let pairs = losses.iter().chain(parameters).zip(first.iter().chain(last.iter()));
+                let pairs = losses
+                    .iter()
+                    .chain(parameters)
+                    .zip(first.iter().chain(last.iter()));
                 for (found, expected) in pairs {
                     // AdamW divides by the root of a gradient's square: where a gradient is all rounding, so
                     // is the step. What is 0 there is 0 here, and what is not is far from it.
-                    assert!((found - expected).abs() <= 1e-9, "{found} instead of {expected}");
+                    assert!(
+                        (found - expected).abs() <= 1e-9,
+                        "{found} instead of {expected}"
+                    );
                 }
             }
         }

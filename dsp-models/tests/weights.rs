@@ -8,12 +8,14 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use burn::tensor::{DType, Device};
 use common::{Fixture, Values};
 use dsp_models::VideoDitConfig;
 use dsp_models::video_dit::{Init, VideoDit};
-use dsp_models::weights::{Weights, WeightsError, load, named_parameters, to_bytes};
+use dsp_models::weights::{Weights, WeightsError, load, named_parameters, save, to_bytes};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
@@ -50,7 +52,12 @@ fn weights_come_back_bit_for_bit_under_the_original_names_and_in_the_original_la
     let weights = Weights::bytes(fixture.bytes.clone()).with_prefix("param.");
     let model = load(fresh(), &weights, DType::F32).unwrap();
 
-    let bytes = to_bytes(&model).unwrap();
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("weights-round-trip.safetensors");
+    save(&model, &path).unwrap();
+    // Over the one that is there.
+    save(&model, &path).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let in_memory = to_bytes(&model).unwrap();
     let saved = SafeTensors::deserialize(&bytes).unwrap();
     let original = SafeTensors::deserialize(&fixture.bytes).unwrap();
     let names: Vec<String> = (original.names().into_iter())
@@ -58,24 +65,39 @@ fn weights_come_back_bit_for_bit_under_the_original_names_and_in_the_original_la
         .collect();
     assert_eq!(saved.len(), names.len());
     for name in &names {
-        let (saved, original) =
-            (saved.tensor(name).unwrap(), original.tensor(&format!("param.{name}")).unwrap());
+        let (saved, original) = (
+            saved.tensor(name).unwrap(),
+            original.tensor(&format!("param.{name}")).unwrap(),
+        );
         assert_eq!(saved.shape(), original.shape(), "{name}");
         assert_eq!(saved.data(), original.data(), "{name}");
+        let in_memory = SafeTensors::deserialize(&in_memory).unwrap();
+        assert_eq!(
+            in_memory.tensor(name).unwrap().data(),
+            original.data(),
+            "{name}"
+        );
     }
 
-    let again = load(fresh(), &Weights::bytes(bytes), DType::F32).unwrap();
+    let again = load(fresh(), &Weights::file(path), DType::F32).unwrap();
     let named = named_parameters(&again).unwrap();
     assert_eq!(named.len(), names.len());
     for (name, data) in named {
-        assert_eq!(Values::of(&data), fixture.get(&format!("param.{name}")), "{name}");
+        assert_eq!(
+            Values::of(&data),
+            fixture.get(&format!("param.{name}")),
+            "{name}"
+        );
     }
 }
 
 #[test]
 fn a_missing_tensor_is_named_as_in_the_original() {
     let fixture = Fixture::open("stdit3_model.safetensors");
-    let gone = ["t_embedder.mlp.0.bias", "temporal_blocks.1.attn.q_norm.weight"];
+    let gone = [
+        "t_embedder.mlp.0.bias",
+        "temporal_blocks.1.attn.q_norm.weight",
+    ];
     let bytes = parameters(&fixture, |name| !gone.contains(&name), None);
     let error = load(fresh(), &Weights::bytes(bytes), DType::F32).unwrap_err();
     let WeightsError::Missing { mut names, .. } = error else {

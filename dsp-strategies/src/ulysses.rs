@@ -23,18 +23,22 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dsp_core::attention::{Attended, HeadRange, HeldAttention, Heads, Logsumexp, attend_held};
 use burn::tensor::Tensor;
+use dsp_core::attention::{
+    Attended, Fold, HeadRange, Heads, Logsumexp, Problem, backward, forward, positions,
+};
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
-use dsp_core::collective::exchange;
 use dsp_core::cost::{self, Elements};
+use dsp_core::error::Tracking;
+use dsp_core::group::Request;
 use dsp_core::layout::AxisLayout;
-use dsp_core::ledger::Collective;
+use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
     AttentionScope, AttentionStage, Plan, StageKind, StagePlan, check_softmax,
 };
 use dsp_core::{
-    Error, Group, Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel, Shard,
+    CommError, Error, Group, Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel,
+    Shard, vjp,
 };
 
 /// DeepSpeed-Ulysses.
@@ -95,40 +99,169 @@ impl SequenceParallel for Ulysses {
         if !attends_split {
             return dsp_core::attention::attend_local(qkv, attention, scope.logsumexp);
         }
-        let group = scope.scope.group;
-        let (rank, ranks) = (group.rank(), group.size());
-        let shares = HeadShares::new(attention.heads, ranks);
-        let [query, key, value] = qkv;
-        let query = to_heads(query, attention, &shares.query, group)?;
-        let key = to_heads(key, attention, &shares.key_value, group)?;
-        let value = to_heads(value, attention, &shares.key_value, group)?;
-        let heads = HeadRange {
-            query: shares.query[rank].first().cloned().unwrap_or(0..0),
-            group: attention.heads.group(),
+        let rank = qkv[0].rank();
+        let inputs = qkv.map(Shard::into_tensor);
+        let trade = Trade::new(attention, layout.clone(), &inputs[0], scope.scope.group);
+        let tracking = if inputs.iter().any(Tensor::is_tracked) {
+            Tracking::Tracked
+        } else {
+            Tracking::Untracked
         };
-        let (output, logsumexp) = attend_held(
-            [query, key, value],
-            HeldAttention {
-                axes: attention.axes,
-                heads: &heads,
-                mask: &attention.mask,
-                scale: attention.scale,
-            },
-        )?;
-        let back = |x: Tensor<DIMS>, unit: usize| -> Result<Shard, Error> {
-            let batch = x.dims()[0];
-            let after = layout.blocks(batch, attention.heads.query * unit, ranks);
-            let before = head_blocks(&layout, attention, batch, unit, &shares.query, ranks);
-            let kind = Collective::AllToAll;
-            let x = exchange(x, Arc::new(before), Arc::new(after), kind, kind, group)?;
-            Ok(Shard::new(x, layout.clone(), rank)?)
+        let forth = |x: &Tensor<DIMS>, heads| -> Result<Tensor<4>, CommError> {
+            trade.to_heads(x.clone().inner(), heads, Phase::Forward, tracking)
         };
+        let q = forth(&inputs[0], Of::Queries)?;
+        let k = forth(&inputs[1], Of::KeysAndValues)?;
+        let v = forth(&inputs[2], Of::KeysAndValues)?;
+        let problem = trade.problem();
+        let (out, lse) = forward(q.clone(), k.clone(), v.clone(), &problem);
+        let back = |x, tracking| trade.to_sequence(x, Of::Queries, Phase::Forward, tracking);
+        let output = back(out.clone(), tracking)?;
+        let logsumexp = match scope.logsumexp {
+            Logsumexp::Wanted => {
+                let x = back(lse.clone().unsqueeze_dim(3), Tracking::Untracked)?;
+                Some(Shard::new(
+                    vjp::constant_like(x, &inputs[0]),
+                    layout.clone(),
+                    rank,
+                )?)
+            }
+            Logsumexp::Unwanted => None,
+        };
+        // One node for the whole attention: separate ones could be walked back in another order on each
+        // rank, for Burn orders them by depth, and the depth of what comes before may depend on the shapes.
+        let output = vjp::attach3(inputs, output, move |dout| {
+            let (phase, untracked) = (Phase::Backward, Tracking::Untracked);
+            let dout = trade.to_heads(dout, Of::Queries, phase, untracked)?;
+            let (q, k, v) = (q.clone(), k.clone(), v.clone());
+            let (dq, dk, dv) = backward(q, k, v, out.clone(), lse.clone(), dout, &problem);
+            Ok::<_, CommError>([
+                trade.to_sequence(dq, Of::Queries, phase, untracked)?,
+                trade.to_sequence(dk, Of::KeysAndValues, phase, untracked)?,
+                trade.to_sequence(dv, Of::KeysAndValues, phase, untracked)?,
+            ])
+        });
         Ok(Attended {
-            output: back(output, attention.heads.dim)?,
-            logsumexp: match scope.logsumexp {
-                Logsumexp::Wanted => Some(back(logsumexp, 1)?),
-                Logsumexp::Unwanted => None,
+            output: Shard::new(output, layout, rank)?,
+            logsumexp,
+        })
+    }
+}
+
+/// Whose heads a tensor holds.
+#[derive(Debug, Clone, Copy)]
+enum Of {
+    Queries,
+    KeysAndValues,
+}
+
+/// One attention's exchange of heads for sequence, either way.
+struct Trade {
+    attention: AttentionStage,
+    /// All heads of a part of the sequence.
+    layout: Layout,
+    /// The attended axes whole.
+    gathered: Layout,
+    shares: HeadShares,
+    batch: usize,
+    fold: Fold,
+    group: Group,
+}
+
+impl Trade {
+    fn new(attention: &AttentionStage, layout: Layout, x: &Tensor<DIMS>, group: &Group) -> Self {
+        let axes = attention.axes.iter();
+        let gathered = axes.fold(layout.clone(), Layout::with_whole);
+        let [batch, .., channels] = x.dims();
+        let [a, b, c] = gathered.local_lengths(group.rank());
+        Self {
+            attention: attention.clone(),
+            layout,
+            gathered,
+            shares: HeadShares::new(attention.heads, group.size()),
+            batch,
+            fold: Fold::new([batch, a, b, c, channels], attention.axes),
+            group: group.clone(),
+        }
+    }
+
+    /// This rank's attention: its query heads, over all positions.
+    fn problem(&self) -> Problem {
+        let rank = self.group.rank();
+        let positions = positions(&self.gathered, self.attention.axes, rank);
+        Problem {
+            heads: HeadRange {
+                query: self.shares.query[rank].first().cloned().unwrap_or(0..0),
+                group: self.attention.heads.group(),
             },
+            mask: self.fold.mask(&self.attention.mask),
+            query_positions: positions.clone(),
+            key_positions: positions,
+            scale: self.attention.scale,
+        }
+    }
+
+    /// Who holds what before and after, `unit` channels a head.
+    fn blocks(&self, of: Of, unit: usize) -> (Arc<Blocks>, Arc<Blocks>) {
+        let heads = self.attention.heads;
+        let (heads, shares) = match of {
+            Of::Queries => (heads.query, &self.shares.query),
+            Of::KeysAndValues => (heads.key_value, &self.shares.key_value),
+        };
+        let ranks = self.group.size();
+        let held = shares.iter().map(|ranges| {
+            let channels = ranges
+                .iter()
+                .map(|heads| heads.start * unit..heads.end * unit);
+            channels.collect()
+        });
+        let held = DimBlocks::from_ranges(heads * unit, held.collect());
+        let sequence = self.layout.blocks(self.batch, heads * unit, ranks);
+        let gathered = self.gathered.blocks(self.batch, heads * unit, ranks);
+        (Arc::new(sequence), Arc::new(gathered.with_dim(4, held)))
+    }
+
+    /// All heads of this rank's positions to this rank's heads of all positions.
+    fn to_heads(
+        &self,
+        x: Tensor<DIMS>,
+        of: Of,
+        phase: Phase,
+        tracking: Tracking,
+    ) -> Result<Tensor<4>, CommError> {
+        let unit = self.attention.heads.dim;
+        let (before, after) = self.blocks(of, unit);
+        let heads = after.dim(4).count(self.group.rank()) / unit;
+        let x = self.exchange(x, (before, after), phase, tracking)?;
+        Ok(self.fold.fold(x, heads))
+    }
+
+    /// The way back. Where several ranks have the same head, the owner of a position gets their sum.
+    fn to_sequence(
+        &self,
+        x: Tensor<4>,
+        of: Of,
+        phase: Phase,
+        tracking: Tracking,
+    ) -> Result<Tensor<DIMS>, CommError> {
+        let (after, before) = self.blocks(of, x.dims()[3]);
+        self.exchange(self.fold.unfold(x), (before, after), phase, tracking)
+    }
+
+    fn exchange(
+        &self,
+        tensor: Tensor<DIMS>,
+        (before, after): (Arc<Blocks>, Arc<Blocks>),
+        phase: Phase,
+        tracking: Tracking,
+    ) -> Result<Tensor<DIMS>, CommError> {
+        self.group.exchange(Request {
+            collective: Collective::AllToAll,
+            phase,
+            tracking,
+            tensor,
+            before,
+            after,
         })
     }
 }
@@ -158,53 +291,6 @@ impl HeadShares {
             .collect();
         Self { query, key_value }
     }
-}
-
-/// Who holds what when each rank has its heads of the whole attended axes; `unit` channels a head.
-fn head_blocks(
-    layout: &Layout,
-    attention: &AttentionStage,
-    batch: usize,
-    unit: usize,
-    shares: &[Vec<Range<usize>>],
-    ranks: usize,
-) -> Blocks {
-    let heads = shares.iter().flatten().map(|range| range.end).max();
-    let channels = shares.iter().map(|ranges| {
-        ranges
-            .iter()
-            .map(|range| range.start * unit..range.end * unit)
-            .collect()
-    });
-    let channels = DimBlocks::from_ranges(heads.unwrap_or(0) * unit, channels.collect());
-    whole_along(layout, attention)
-        .blocks(batch, channels.length(), ranks)
-        .with_dim(4, channels)
-}
-
-fn whole_along(layout: &Layout, attention: &AttentionStage) -> Layout {
-    attention
-        .axes
-        .iter()
-        .fold(layout.clone(), Layout::with_whole)
-}
-
-/// Trades a shard of all heads for all positions of this rank's heads.
-fn to_heads(
-    x: Shard,
-    attention: &AttentionStage,
-    shares: &[Vec<Range<usize>>],
-    group: &Group,
-) -> Result<Shard, Error> {
-    let (layout, rank) = (x.layout().clone(), x.rank());
-    let [batch, .., channels] = x.tensor().dims();
-    let before = layout.blocks(batch, channels, group.size());
-    let dim = attention.heads.dim;
-    let after = head_blocks(&layout, attention, batch, dim, shares, group.size());
-    let kind = Collective::AllToAll;
-    let (before, after) = (Arc::new(before), Arc::new(after));
-    let x = exchange(x.into_tensor(), before, after, kind, kind, group)?;
-    Ok(Shard::new(x, whole_along(&layout, attention), rank)?)
 }
 
 /// What each rank sends in a stage while `axis` is split.

@@ -355,9 +355,9 @@ pub fn tabulate(records: &[Record]) -> String {
     table.to_string()
 }
 
-/// The refusals among the records, a line each.
+/// The refusals among the records: a line for each case and strategy, with the reason on the fewest ranks.
 pub fn refusals(records: &[Record]) -> Vec<String> {
-    let mut lines = Vec::new();
+    let mut groups: BTreeMap<(&str, &str), (Vec<String>, &str)> = BTreeMap::new();
     for record in records {
         if let Record::Refusal {
             case,
@@ -367,18 +367,17 @@ pub fn refusals(records: &[Record]) -> Vec<String> {
             ..
         } = record
         {
-            let case = if case.is_empty() {
-                String::new()
-            } else {
-                format!("{case}, ")
-            };
-            let rank = if *ranks == 1 { "rank" } else { "ranks" };
-            lines.push(format!(
-                "{case}{strategy} on {ranks} {rank}: not applicable: {reason}"
-            ));
+            let group = groups
+                .entry((strategy, case))
+                .or_insert((Vec::new(), reason));
+            group.0.push(ranks.to_string());
         }
     }
-    lines
+    let lines = groups.into_iter().map(|((strategy, _), (ranks, reason))| {
+        let ranks = ranks.join(", ");
+        format!("{strategy} on {ranks} ranks is not applicable: {reason}")
+    });
+    lines.collect()
 }
 
 #[cfg(test)]

@@ -31,8 +31,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use shard::{
-    Attended, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
-    cross_attention,
+    Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
+    cross_attention, positions,
 };
 pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attention};
 

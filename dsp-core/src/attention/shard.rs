@@ -159,8 +159,8 @@ pub fn attend_held(
             });
         }
     }
-    let fold = Fold::new(&query, held.axes);
-    let key_fold = Fold::new(&key, held.axes);
+    let fold = Fold::new(query.tensor().dims(), held.axes);
+    let key_fold = Fold::new(key.tensor().dims(), held.axes);
     let (queries, keys) = (held.heads.query.len(), held.heads.kv().len());
     let problem = Problem {
         heads: held.heads.clone(),
@@ -244,7 +244,11 @@ pub fn cross_attention(
 }
 
 /// `[B, s1, s2, s3, H·d]` seen as `[samples, rows, H, d]`: attended axes are rows, the others samples.
-struct Fold {
+///
+/// What a strategy needs that brings an attention of its own: it folds what it holds, attends with
+/// [`forward`](super::forward), [`merge`](super::merge) and [`backward`](super::backward), and unfolds.
+#[derive(Debug, Clone)]
+pub struct Fold {
     dims: [usize; DIMS],
     /// Batch, the axes that are not attended, those that are, channels.
     order: [usize; DIMS],
@@ -253,8 +257,8 @@ struct Fold {
 }
 
 impl Fold {
-    fn new(x: &Shard, axes: AxisSet) -> Self {
-        let dims = x.tensor().dims();
+    /// How a local tensor of shape `dims` is folded for an attention over `axes`.
+    pub fn new(dims: [usize; DIMS], axes: AxisSet) -> Self {
         let mut order = [0, 0, 0, 0, 4];
         let (mut next, mut samples, mut rows) = (1, dims[0], 1);
         for attended in [false, true] {
@@ -278,14 +282,16 @@ impl Fold {
         }
     }
 
-    fn fold(&self, x: Tensor<DIMS>, heads: usize) -> Tensor<4> {
+    /// `[B, s1, s2, s3, H·d]` to `[samples, rows, H, d]`.
+    pub fn fold(&self, x: Tensor<DIMS>, heads: usize) -> Tensor<4> {
         let channels = x.dims()[4];
         let dim = channels.checked_div(heads).unwrap_or(0);
         x.permute(self.order.map(|dim| dim as isize))
             .reshape(Exactly([self.samples, self.rows, heads, dim]))
     }
 
-    fn unfold(&self, x: Tensor<4>) -> Tensor<DIMS> {
+    /// `[samples, rows, H, d]` back to `[B, s1, s2, s3, H·d]`.
+    pub fn unfold(&self, x: Tensor<4>) -> Tensor<DIMS> {
         let [_, _, heads, dim] = x.dims();
         let mut shape = self.order.map(|dim| self.dims[dim]);
         shape[4] = heads * dim;
@@ -297,7 +303,7 @@ impl Fold {
     }
 
     /// The mask with one length for each folded sample.
-    fn mask(&self, mask: &Mask) -> Mask {
+    pub fn mask(&self, mask: &Mask) -> Mask {
         match mask {
             Mask::KeyLengths(lengths) if self.dims[0] > 0 => {
                 let copies = self.samples / self.dims[0];
@@ -320,7 +326,7 @@ fn nonempty(range: Range<usize>) -> Vec<Range<usize>> {
 }
 
 /// The global positions of a rank's rows in the attended axes, row by row, the axes' last varying fastest.
-fn positions(layout: &Layout, axes: AxisSet, rank: usize) -> Vec<Range<usize>> {
+pub fn positions(layout: &Layout, axes: AxisSet, rank: usize) -> Vec<Range<usize>> {
     let mut found: Vec<Range<usize>> = std::iter::once(0..1).collect();
     for axis in axes.iter() {
         let length = layout.length(axis);

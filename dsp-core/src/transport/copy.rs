@@ -91,9 +91,9 @@ mod flex {
             };
             for transfer in &source.transfers {
                 if written.overlaps(transfer) {
-                    place(&mut block, shape, &tensor, transfer, |old, new| old + new);
+                    place(&mut block, shape, &tensor, transfer, |old, new| *old = *old + new);
                 } else {
-                    place(&mut block, shape, &tensor, transfer, |_, new| new);
+                    place(&mut block, shape, &tensor, transfer, |old, new| *old = new);
                 }
                 written.add(transfer);
             }
@@ -125,52 +125,64 @@ mod flex {
         }
     }
 
+    /// Lays one box into the block, in the longest runs that lie end to end in both.
     fn place<E>(
         block: &mut [E],
         shape: [usize; DIMS],
         tensor: &FlexTensor,
         transfer: &Transfer,
-        combine: impl Fn(E, E) -> E,
+        combine: impl Fn(&mut E, E),
     ) where
-        E: Element + bytemuck::Pod + Copy,
+        E: Element + bytemuck::Pod,
     {
         let layout = tensor.layout();
         let strides = layout.strides();
         let storage = tensor.storage::<E>();
         let (from, to) = (&transfer.source, &transfer.target);
-        let [n0, n1, n2, n3, n4] = from.extent;
-        let offset = |index: [usize; DIMS]| -> usize {
-            let steps: isize = (0..DIMS)
-                .map(|dim| (from.start[dim] + index[dim]) as isize * strides[dim])
-                .sum();
-            layout.start_offset().wrapping_add_signed(steps)
-        };
-        for i0 in 0..n0 {
-            for i1 in 0..n1 {
-                for i2 in 0..n2 {
-                    for i3 in 0..n3 {
-                        let row = (0..4)
-                            .zip([i0, i1, i2, i3])
-                            .fold(0, |row, (dim, i)| row * shape[dim] + to.start[dim] + i);
-                        let start = row * shape[4] + to.start[4];
-                        let row = &mut block[start..start + n4];
-                        let source = offset([i0, i1, i2, i3, 0]);
-                        if strides[4] == 1 {
-                            for (target, &value) in
-                                row.iter_mut().zip(&storage[source..source + n4])
-                            {
-                                *target = combine(*target, value);
-                            }
-                        } else {
-                            for (i4, target) in row.iter_mut().enumerate() {
-                                let value =
-                                    storage[source.wrapping_add_signed(i4 as isize * strides[4])];
-                                *target = combine(*target, value);
-                            }
-                        }
-                    }
+        let target_strides = row_major(shape);
+        // The dims from `inner` on are one run: contiguous in the source and whole in the target.
+        let mut inner = DIMS;
+        let mut run = 1;
+        while inner > 0 {
+            let dim = inner - 1;
+            let is_next = from.extent[dim] == 1
+                || (strides[dim] == run as isize && target_strides[dim] == run);
+            if !is_next {
+                break;
+            }
+            run *= from.extent[dim];
+            inner = dim;
+        }
+        let outer: usize = from.extent[..inner].iter().product();
+        let mut index = [0; DIMS];
+        for _ in 0..outer {
+            let mut source = layout.start_offset();
+            let mut target = 0;
+            for dim in 0..DIMS {
+                let steps = (from.start[dim] + index[dim]) as isize * strides[dim];
+                source = source.wrapping_add_signed(steps);
+                target += (to.start[dim] + index[dim]) * target_strides[dim];
+            }
+            let values = &storage[source..source + run];
+            for (slot, &value) in block[target..target + run].iter_mut().zip(values) {
+                combine(slot, value);
+            }
+            // The next index of the outer dims, the last varying fastest.
+            for dim in (0..inner).rev() {
+                index[dim] += 1;
+                if index[dim] < from.extent[dim] {
+                    break;
                 }
+                index[dim] = 0;
             }
         }
+    }
+
+    fn row_major(shape: [usize; DIMS]) -> [usize; DIMS] {
+        let mut strides = [1; DIMS];
+        for dim in (0..DIMS - 1).rev() {
+            strides[dim] = strides[dim + 1] * shape[dim + 1];
+        }
+        strides
     }
 }

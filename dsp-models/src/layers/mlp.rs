@@ -8,7 +8,7 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::vjp::attach1;
 
-use super::linear::{linear, project_without_bias};
+use super::linear::{linear, project, project_without_bias};
 use crate::random::Draws;
 
 /// `fc2(gelu(fc1(x)))`, with the tanh form of GELU.
@@ -22,11 +22,7 @@ pub struct Mlp {
 
 impl Mlp {
     /// A network of the given widths.
-    pub fn new(
-        [inputs, inner, outputs]: [usize; 3],
-        draws: &mut Draws,
-        device: &Device,
-    ) -> Self {
+    pub fn new([inputs, inner, outputs]: [usize; 3], draws: &mut Draws, device: &Device) -> Self {
         Self {
             fc1: linear(inputs, inner, draws, device),
             fc2: linear(inner, outputs, draws, device),
@@ -38,12 +34,12 @@ impl Mlp {
     /// # Shapes
     /// - `x`: `[…, in]`; returns `[…, out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.fc2.forward(gelu_tanh(self.fc1.forward(x)))
+        project(gelu_tanh(project(x, &self.fc1)), &self.fc2)
     }
 
     /// The network without the second bias: on a rank that holds some of the inner features, its term of the sum.
     pub fn forward_without_bias<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        project_without_bias(gelu_tanh(self.fc1.forward(x)), &self.fc2)
+        project_without_bias(gelu_tanh(project(x, &self.fc1)), &self.fc2)
     }
 }
 
@@ -66,7 +62,9 @@ pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
         // ½(1 + t) + ½·x·(1 − t²)·√(2/π)·(1 + 3·0.044715·x²)
         let square = inner.clone() * inner.clone();
         let t = tanh(&inner, &square);
-        let slope = square.mul_scalar(1.5 * SLOPE * CUBIC).add_scalar(0.5 * SLOPE);
+        let slope = square
+            .mul_scalar(1.5 * SLOPE * CUBIC)
+            .add_scalar(0.5 * SLOPE);
         let change = (t.clone() * t.clone()).neg().add_scalar(1.0) * inner.clone() * slope;
         Ok::<_, Infallible>(gradient * (t.mul_scalar(0.5).add_scalar(0.5) + change))
     })

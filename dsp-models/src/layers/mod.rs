@@ -1,15 +1,25 @@
 //! What transformers are made of: position-wise layers, each on `[batch, s1, s2, s3, channels]` or on the
 //! last dim of anything. None of them knows of ranks; what depends on a position is told the global one.
 
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use dsp_core::layout::select_ranges;
+
 mod linear;
 mod mlp;
 mod norm;
 mod rotary;
 mod sincos;
 
-pub(crate) use linear::buffer;
-pub use linear::{linear, project_without_bias};
+pub use linear::{affine, linear, project, project_without_bias};
+pub(crate) use linear::{bias, buffer};
 pub use mlp::{Mlp, gelu_tanh};
 pub use norm::{RmsNorm, layer_norm, unit_rms};
 pub use rotary::{Rotary, RotaryTables};
 pub use sincos::{sin_cos_2d, timestep_features};
+
+/// A range of one dim, as [`Tensor::narrow`] gives it, also of a tensor that is empty along another dim.
+pub(crate) fn narrow<const D: usize>(x: Tensor<D>, dim: usize, range: Range<usize>) -> Tensor<D> {
+    select_ranges(x, dim, std::slice::from_ref(&range))
+}

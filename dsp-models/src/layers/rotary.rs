@@ -11,7 +11,10 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use burn::tensor::{Tensor, TensorData};
+use dsp_core::shape::reshape;
 use dsp_core::vjp::attach1;
+
+use super::linear::times;
 
 /// The angles of a rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,19 +89,15 @@ impl RotaryTables {
     /// The turn the other way.
     pub fn apply(&self, x: Tensor<5>) -> Tensor<5> {
         let [positions, dim] = self.cos.dims();
-        let cos = self.cos.clone().reshape([1, positions, 1, 1, dim]);
-        let sin = self.sin.clone().reshape([1, positions, 1, 1, dim]);
+        let cos = reshape(self.cos.clone(), [1, positions, 1, 1, dim]);
+        let sin = reshape(self.sin.clone(), [1, positions, 1, 1, dim]);
         let turn = self.turn.clone();
         let inner = x.clone().inner();
-        let y = inner.clone() * cos.clone() + times(inner, &turn) * sin.clone();
+        let y = inner.clone() * cos.clone() + times(inner, turn.clone()) * sin.clone();
         attach1(x, y, move |gradient: Tensor<5>| {
             let back = turn.clone().transpose();
-            let turned = times(gradient.clone() * sin.clone(), &back);
+            let turned = times(gradient.clone() * sin.clone(), back);
             Ok::<_, Infallible>(gradient * cos.clone() + turned)
         })
     }
-}
-
-fn times(x: Tensor<5>, matrix: &Tensor<2>) -> Tensor<5> {
-    burn::tensor::module::linear(x, matrix.clone(), None)
 }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
+use dsp_core::shape::reshape;
 use dsp_core::strategy::StageRun;
 use dsp_core::{Heads, Shard, attention};
 
 use super::config::{BlockConfig, TIME};
 use crate::error::ModelError;
-use crate::layers::{RmsNorm, Rotary, linear, project_without_bias};
+use crate::layers::{RmsNorm, Rotary, bias, linear, narrow, project, project_without_bias};
 use crate::random::Draws;
 
 /// The epsilon of the norms of queries and keys.
@@ -61,30 +62,33 @@ impl SelfAttention {
         rotary: Option<&Rotary>,
         stage: &StageRun<'_>,
     ) -> Result<Shard, ModelError> {
-        let x = stage.enter(x)?.map(|x| self.qkv.forward(x))?;
+        let x = stage.enter(x)?.map(|x| project(x, &self.qkv))?;
         let width = x.tensor().dims()[4] / 3;
         let tables = rotary.map(|rotary| rotary.tables(&x.positions(TIME), x.tensor()));
         let part = |index: usize| {
-            x.clone()
-                .map(|x| x.narrow(4, index * width, width))
+            let channels = index * width..(index + 1) * width;
+            x.clone().map(|x| narrow(x, 4, channels))
         };
         let prepare = |x: Tensor<5>, norm: &Option<RmsNorm>| {
             let dims = x.dims();
             let [batch, s1, s2, s3, width] = dims;
-            let mut x = x.reshape([batch, s1, s2 * s3, width / self.head_dim, self.head_dim]);
+            let mut x = reshape(
+                x,
+                [batch, s1, s2 * s3, width / self.head_dim, self.head_dim],
+            );
             if let Some(norm) = norm {
                 x = norm.forward(x);
             }
             if let Some(tables) = &tables {
                 x = tables.apply(x);
             }
-            x.reshape(dims)
+            reshape(x, dims)
         };
         let query = part(0)?.map(|query| prepare(query, &self.q_norm))?;
         let key = part(1)?.map(|key| prepare(key, &self.k_norm))?;
         let x = stage.attend(query, key, part(2)?)?;
         let x = x.map(|x| project_without_bias(x, &self.proj))?;
-        Ok(stage.leave(x, self.proj.bias.as_ref().map(|bias| bias.val()))?)
+        Ok(stage.leave(x, bias(&self.proj))?)
     }
 }
 
@@ -125,15 +129,20 @@ impl CrossAttention {
     ///
     /// # Errors
     /// [`ModelError::Core`] if the ranks fail or the shapes do not fit.
-    pub fn forward(&self, x: Shard, text: &Text, stage: &StageRun<'_>) -> Result<Shard, ModelError> {
-        let query = stage.enter(x)?.map(|x| self.q_linear.forward(x))?;
-        let text_kv = self.kv_linear.forward(text.tokens.clone());
+    pub fn forward(
+        &self,
+        x: Shard,
+        text: &Text,
+        stage: &StageRun<'_>,
+    ) -> Result<Shard, ModelError> {
+        let query = stage.enter(x)?.map(|x| project(x, &self.q_linear))?;
+        let text_kv = project(text.tokens.clone(), &self.kv_linear);
         let width = text_kv.dims()[2] / 2;
         let heads = Heads::multi(width / self.head_dim, self.head_dim);
         let key = text_kv.clone().narrow(2, 0, width);
         let value = text_kv.narrow(2, width, width);
         let x = attention::cross_attention(query, key, value, heads, text.lengths.clone())?;
         let x = x.map(|x| project_without_bias(x, &self.proj))?;
-        Ok(stage.leave(x, self.proj.bias.as_ref().map(|bias| bias.val()))?)
+        Ok(stage.leave(x, bias(&self.proj))?)
     }
 }

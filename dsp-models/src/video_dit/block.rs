@@ -15,7 +15,7 @@ use super::attention::{CrossAttention, SelfAttention, Text};
 use super::config::{BlockConfig, BlockKind, Init};
 use super::modulation::{ByFrame, modulate};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{Mlp, Rotary, layer_norm};
+use crate::layers::{Mlp, Rotary, bias, layer_norm};
 use crate::random::{Draws, Purpose};
 
 /// The epsilon of the layer norms.
@@ -90,21 +90,27 @@ impl Block {
         let stage = stages.attention()?;
         let x = stage.arrange(x)?;
         let [shift, scale, gate, _, _, _] = modulation.rows(&table, &x);
-        let h = x.clone().map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
+        let h = x
+            .clone()
+            .map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
         let h = self.attn.forward(h, rotary, &stage)?;
         let x = x.map(|x| x + gate * h.into_tensor())?;
 
         let stage = stages.cross_attention()?;
         let x = stage.arrange(x)?;
-        let h = self.cross_attn.forward(x.clone(), &conditions.text, &stage)?;
+        let h = self
+            .cross_attn
+            .forward(x.clone(), &conditions.text, &stage)?;
         let x = x.map(|x| x + h.into_tensor())?;
 
         let stage = stages.feed_forward()?;
         let x = stage.arrange(x)?;
         let [_, _, _, shift, scale, gate] = modulation.rows(&table, &x);
-        let h = x.clone().map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
+        let h = x
+            .clone()
+            .map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
         let h = stage.enter(h)?.map(|x| self.mlp.forward_without_bias(x))?;
-        let h = stage.leave(h, self.mlp.fc2.bias.as_ref().map(|bias| bias.val()))?;
+        let h = stage.leave(h, bias(&self.mlp.fc2))?;
         Ok(x.map(|x| x + gate * h.into_tensor())?)
     }
 }
@@ -142,7 +148,13 @@ impl BlockPairs {
         device: &Device,
     ) -> Result<Self, ConfigError> {
         config.check()?;
-        Ok(Self::drawn(config, depth, init, &mut Draws::new(seed, Purpose::Parameters, 0), device))
+        Ok(Self::drawn(
+            config,
+            depth,
+            init,
+            &mut Draws::new(seed, Purpose::Parameters, 0),
+            device,
+        ))
     }
 
     pub(crate) fn drawn(

@@ -94,7 +94,10 @@ impl BlockConfig {
                 let axes = AxisSet::of(&[kind.axis()]);
                 let attention = AttentionStage::softmax(axes, heads, Mask::Full);
                 stages.push(Stage::new(name("attn"), StageKind::Attention(attention)));
-                stages.push(Stage::new(name("cross_attn"), StageKind::CrossAttention { heads }));
+                stages.push(Stage::new(
+                    name("cross_attn"),
+                    StageKind::CrossAttention { heads },
+                ));
                 stages.push(Stage::new(name("mlp"), StageKind::FeedForward { inner }));
             }
         }
@@ -115,7 +118,8 @@ impl BlockConfig {
         nonzero("hidden_size", self.hidden_size)?;
         nonzero("num_heads", self.num_heads)?;
         nonzero("mlp_ratio × hidden_size", self.inner_size())?;
-        let rule = "heads have a whole and even number of channels, which rotary embedding turns in pairs";
+        let rule =
+            "heads have a whole and even number of channels, which rotary embedding turns in pairs";
         multiple("hidden_size", self.hidden_size, 2 * self.num_heads, rule)
     }
 }
@@ -186,7 +190,8 @@ impl VideoDitConfig {
     /// Whoever needs the input's layout sets [`ModelShape::output`].
     pub fn shape(&self, batch: usize, frames: usize, height: usize, width: usize) -> ModelShape {
         let [t, h, w] = self.grid([frames, height, width]);
-        self.block().shape(self.depth, [batch, t, h * w], OutputLayout::Free)
+        self.block()
+            .shape(self.depth, [batch, t, h * w], OutputLayout::Free)
     }
 
     /// Checks that the sizes describe a model.

@@ -6,7 +6,7 @@ use burn::nn::Linear;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::layers::{Mlp, linear, timestep_features};
+use crate::layers::{Mlp, affine, buffer, linear, project, timestep_features};
 use crate::random::Draws;
 
 /// The number of features of a timestep or a frame rate.
@@ -56,8 +56,10 @@ impl PatchEmbedder {
     pub fn forward(&self, patches: Tensor<5>) -> Tensor<5> {
         let weight = self.proj.weight.val();
         let [hidden, channels, pt, ph, pw] = weight.dims();
-        let weight = weight.reshape([hidden, channels * pt * ph * pw]).transpose();
-        burn::tensor::module::linear(patches, weight, Some(self.proj.bias.val()))
+        let weight = weight
+            .reshape([hidden, channels * pt * ph * pw])
+            .transpose();
+        affine(patches, weight, Some(self.proj.bias.val()))
     }
 
     /// The extent of a patch.
@@ -93,7 +95,7 @@ impl NumberEmbedder {
         let features = timestep_features(values, FEATURES);
         let data = TensorData::new(features, [values.len(), FEATURES]);
         let features = Tensor::from_data(data, (&weight.device(), weight.dtype()));
-        self.mlp_out.forward(silu(self.mlp_in.forward(features)))
+        project(silu(project(features, &self.mlp_in)), &self.mlp_out)
     }
 }
 
@@ -117,7 +119,7 @@ impl CaptionEmbedder {
         let nothing = draws.normal([tokens, channels], deviation, device);
         Self {
             y_proj: Mlp::new([channels, hidden, hidden], draws, device),
-            y_embedding: crate::layers::buffer(nothing),
+            y_embedding: buffer(nothing),
         }
     }
 

@@ -8,7 +8,7 @@ use dsp_core::Shard;
 use super::block::{NORM_EPSILON, modulation_table};
 use super::modulation::{ByFrame, modulate};
 use crate::error::ModelError;
-use crate::layers::{layer_norm, linear};
+use crate::layers::{layer_norm, linear, project};
 use crate::random::Draws;
 
 /// The last layer of PixArt-α and its descendants.
@@ -48,7 +48,7 @@ impl FinalLayer {
                 let inverse = mask.clone().neg().add_scalar(1.0);
                 x = x * mask + given * inverse;
             }
-            self.linear.forward(x)
+            project(x, &self.linear)
         })?)
     }
 }

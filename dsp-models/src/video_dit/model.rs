@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
+use dsp_core::shape::reshape;
 use dsp_core::{Session, Shard};
 
 use super::attention::Text;
@@ -14,7 +15,7 @@ use super::final_layer::FinalLayer;
 use super::modulation::{ByFrame, FrameMask};
 use super::patch::{PatchOrder, patchify, unpatchify};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{linear, sin_cos_2d};
+use crate::layers::{linear, narrow, project, sin_cos_2d};
 use crate::random::{Draws, Purpose};
 
 /// STDiT-3 (Open-Sora 1.2; Zheng et al., arXiv:2412.20404).
@@ -80,7 +81,10 @@ impl Text {
             order.extend((0..length).filter(|&token| keep[token]).map(row));
             order.extend((0..length).filter(|&token| !keep[token]).map(row));
         }
-        let in_order = order.iter().enumerate().all(|(place, &row)| place as i64 == row);
+        let in_order = order
+            .iter()
+            .enumerate()
+            .all(|(place, &row)| place as i64 == row);
         let tokens = if in_order {
             tokens
         } else {
@@ -116,7 +120,13 @@ impl VideoDitConfig {
         let draws = &mut Draws::new(seed, Purpose::Parameters, 0);
         let volume: usize = self.patch_size.iter().product();
         let mut model = VideoDit {
-            x_embedder: PatchEmbedder::new(self.in_channels, self.patch_size, hidden, draws, device),
+            x_embedder: PatchEmbedder::new(
+                self.in_channels,
+                self.patch_size,
+                hidden,
+                draws,
+                device,
+            ),
             t_embedder: NumberEmbedder::new(hidden, draws, device),
             fps_embedder: NumberEmbedder::new(hidden, draws, device),
             t_block: linear(hidden, 6 * hidden, draws, device),
@@ -162,7 +172,11 @@ impl VideoDit {
         conditions.check(self, &video)?;
         let patch = self.x_embedder.patch_size();
         let dtype = self.t_block.weight.dtype();
-        let video = if video.dtype() == dtype { video } else { video.cast(dtype) };
+        let video = if video.dtype() == dtype {
+            video
+        } else {
+            video.cast(dtype)
+        };
 
         let patches = session.split(patchify(video, patch, PatchOrder::ChannelFirst))?;
         let grid = [height.div_ceil(patch[1]), width.div_ceil(patch[2])];
@@ -178,7 +192,7 @@ impl VideoDit {
             },
             modulation: time.clone().map(|t| {
                 let [batch, _, hidden] = t.dims();
-                let rows = self.t_block.forward(silu(t));
+                let rows = project(silu(t), &self.t_block);
                 rows.reshape([batch, 6, hidden])
             }),
         };
@@ -203,10 +217,9 @@ impl VideoDit {
             if outputs == self.in_channels {
                 return tokens;
             }
-            let kept = tokens
-                .reshape([batch, s1, s2 * s3, volume, outputs])
-                .narrow(4, 0, self.in_channels);
-            kept.reshape([batch, s1, s2, s3, volume * self.in_channels])
+            let pixels: Tensor<5> = reshape(tokens, [batch, s1, s2 * s3, volume, outputs]);
+            let kept = narrow(pixels, 4, 0..self.in_channels);
+            reshape(kept, [batch, s1, s2, s3, volume * self.in_channels])
         })?)
     }
 

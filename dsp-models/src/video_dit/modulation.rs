@@ -45,7 +45,11 @@ impl FrameMask {
     fn at(&self, x: &Shard) -> Tensor<5> {
         let frames: Vec<usize> = x.positions(TIME).into_iter().flatten().collect();
         let values: Vec<f64> = (self.generated.iter())
-            .flat_map(|sample| frames.iter().map(|&frame| f64::from(u8::from(sample[frame]))))
+            .flat_map(|sample| {
+                frames
+                    .iter()
+                    .map(|&frame| f64::from(u8::from(sample[frame])))
+            })
             .collect();
         let data = TensorData::new(values, [self.generated.len(), frames.len(), 1, 1, 1]);
         let like = x.tensor();

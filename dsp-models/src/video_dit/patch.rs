@@ -63,7 +63,9 @@ pub fn unpatchify(
     let x: Tensor<8> = tokens.reshape([batch, t, h, w, pt, ph, pw, channels]);
     let x = x.permute([0, 7, 1, 4, 2, 5, 3, 6]);
     let x = x.reshape([batch, channels, t * pt, h * ph, w * pw]);
-    Ok(x.narrow(2, 0, frames).narrow(3, 0, height).narrow(4, 0, width))
+    Ok(x.narrow(2, 0, frames)
+        .narrow(3, 0, height)
+        .narrow(4, 0, width))
 }
 
 fn pad_behind(mut video: Tensor<5>, extents: [usize; 3]) -> Tensor<5> {

@@ -26,8 +26,14 @@ pub fn roles(config: &BlockConfig) -> impl Fn(&str) -> Role + use<> {
             ("q_linear", _) => columns(1, heads),
             ("kv_linear", _) => columns(2, heads),
             ("fc1", _) => columns(1, inner),
-            ("proj", 1) => Role::Rows { dim: 0, units: heads },
-            ("fc2", 1) => Role::Rows { dim: 0, units: inner },
+            ("proj", 1) => Role::Rows {
+                dim: 0,
+                units: heads,
+            },
+            ("fc2", 1) => Role::Rows {
+                dim: 0,
+                units: inner,
+            },
             _ => Role::Replicated,
         }
     }

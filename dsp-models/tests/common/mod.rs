@@ -16,9 +16,7 @@ use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic};
 use dsp_core::strategy::{Loss, OutputLayout};
-use dsp_core::{
-    Error, Group, Launch, LaunchError, SequenceParallel, Session, Shard, gradients,
-};
+use dsp_core::{Error, Group, Launch, LaunchError, SequenceParallel, Session, Shard, gradients};
 use dsp_models::error::ModelError;
 use dsp_models::video_dit::{
     BlockKind, BlockPairs, ByFrame, Conditions, FrameMask, PatchOrder, Text, VideoConditions,
@@ -65,11 +63,18 @@ impl Values {
             self.shape,
             expected.shape
         );
-        let size = expected.values.iter().fold(1e-3, |size: f64, x| size.max(x.abs()));
+        let size = expected
+            .values
+            .iter()
+            .fold(1e-3, |size: f64, x| size.max(x.abs()));
         let pairs = self.values.iter().zip(&expected.values);
         pairs.fold(0.0, |worst, (a, b)| {
             let error = (a - b).abs() / size;
-            if error.is_nan() { f64::INFINITY } else { f64::max(worst, error) }
+            if error.is_nan() {
+                f64::INFINITY
+            } else {
+                f64::max(worst, error)
+            }
         })
     }
 }
@@ -176,13 +181,18 @@ impl PairsCase {
         let leaf3 = |values: &Values| values.tensor::<3>(&device, self.dtype).require_grad();
         let dims = &self.x.shape;
         let depth = self.template.spatial_blocks.len();
-        let shape = self.config.shape(depth, [dims[0], dims[1], dims[2]], OutputLayout::AsInput);
+        let shape = self
+            .config
+            .shape(depth, [dims[0], dims[1], dims[2]], OutputLayout::AsInput);
         let session = Session::new(strategy, group, shape)?;
         let placed = session.place(&self.template, roles(&self.config), &device);
 
         let x = self.x.tensor::<5>(&device, self.dtype).require_grad();
         let (y, t) = (leaf3(&self.y), leaf3(&self.t));
-        let given = self.given.as_ref().map(|(mask, t0)| (mask.clone(), leaf3(t0)));
+        let given = self
+            .given
+            .as_ref()
+            .map(|(mask, t0)| (mask.clone(), leaf3(t0)));
         let conditions = Conditions {
             text: Text {
                 tokens: y.clone(),
@@ -279,7 +289,9 @@ impl ModelCase {
             text: Text::masked(text.clone(), &self.keep)?,
             frame_mask: self.frame_mask.clone(),
         };
-        let out = placed.module.forward(video.clone(), &conditions, &session)?;
+        let out = placed
+            .module
+            .forward(video.clone(), &conditions, &session)?;
         let dout = self.dout.tensor::<5>(&device, self.dtype);
         let dout = patchify(dout, self.config.patch_size, PatchOrder::ChannelLast);
         let mut ending = Ending::of(&session, &out, &dout, self.loss)?;
@@ -287,7 +299,9 @@ impl ModelCase {
 
         let mut found = named(&placed.module, &reduced);
         let out = out.map(Tensor::detach)?;
-        let out = placed.module.video(out, [dims[2], dims[3], dims[4]], &session)?;
+        let out = placed
+            .module
+            .video(out, [dims[2], dims[3], dims[4]], &session)?;
         found.insert("out".to_owned(), Values::of(&out.into_data()));
         let group = session.group();
         found.insert("dx".to_owned(), summed(&video, &ending.gradients, group)?);
@@ -319,9 +333,7 @@ impl Ending {
                 let dout = Shard::split(dout.clone(), out.layout(), rank)?.into_tensor();
                 Loss::OfShard((out.tensor().clone() * dout).sum())
             }
-            LossFrom::Whole => {
-                Loss::OfWhole((session.gather(out.clone())? * dout.clone()).sum())
-            }
+            LossFrom::Whole => Loss::OfWhole((session.gather(out.clone())? * dout.clone()).sum()),
         };
         let gathered = sent(&ledger.take(), Phase::Forward);
         let with_gather = matches!(loss, Loss::OfWhole(_));
@@ -347,7 +359,10 @@ impl Ending {
         let reduced = session.reduce(&mut self.gradients, placed)?;
         let traffic = session.group().ledger().take();
         let count = gradients::replicated_parameters(placed);
-        self.account.reduce = (sent(&traffic, Phase::Gradients), session.expected_reduce(count));
+        self.account.reduce = (
+            sent(&traffic, Phase::Gradients),
+            session.expected_reduce(count),
+        );
         Ok(reduced)
     }
 }

@@ -1,0 +1,600 @@
+//! A small plain Burn model with attention over any axes, run under a strategy and compared with serial.
+//!
+//! It is what a user would write: residual stream, norms, projections, an MLP, text conditioning and a table
+//! of positions. Weights are numbers without a pattern, made from data, so that f64 stays f64.
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test whose preparation fails has failed"
+)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Device, Tensor, TensorData, module};
+use dsp_core::attention::cross_attention;
+use dsp_core::cost::Elements;
+use dsp_core::gradients::replicated_parameters;
+use dsp_core::layout::{Exactly, select_ranges};
+use dsp_core::ledger::{Entry, Phase, Traffic};
+use dsp_core::strategy::{AttentionStage, OutputLayout, Placement, Role, StageKind};
+use dsp_core::{
+    AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Placed, PlanError, SeqAxis,
+    SequenceParallel, Session, Shard, Stage,
+};
+use proptest::prelude::*;
+
+/// One sub-layer of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Sub {
+    /// Self-attention over some axes jointly, by number.
+    Attention(Vec<usize>, Mask),
+    /// Attention to the text.
+    Text,
+    /// An MLP.
+    Mlp,
+}
+
+/// A model's shape.
+#[derive(Debug, Clone)]
+pub(crate) struct Case {
+    pub(crate) batch: usize,
+    pub(crate) lengths: Vec<usize>,
+    /// Query heads and key-value heads, of [`HEAD`] channels each.
+    pub(crate) heads: (usize, usize),
+    pub(crate) subs: Vec<Sub>,
+    pub(crate) output: OutputLayout,
+    /// Whether memory-bound operations are repeated in the backward pass.
+    pub(crate) checkpointing: Checkpointing,
+}
+
+/// Burn's gradient checkpointing.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Checkpointing {
+    Off,
+    On,
+}
+
+/// Channels of a head.
+pub(crate) const HEAD: usize = 2;
+/// Channels of the residual stream: not a multiple of the heads, which have their own width.
+pub(crate) const HIDDEN: usize = 3;
+/// Inner width of the MLP.
+pub(crate) const INNER: usize = 5;
+/// Tokens of the text.
+const TEXT: usize = 3;
+
+/// Attends over one axis, or some jointly, without a mask.
+pub(crate) fn attend(axes: &[usize]) -> Sub {
+    Sub::Attention(axes.to_vec(), Mask::Full)
+}
+
+impl Case {
+    pub(crate) fn heads(&self) -> Heads {
+        Heads {
+            query: self.heads.0,
+            key_value: self.heads.1,
+            dim: HEAD,
+        }
+    }
+
+    pub(crate) fn shape(&self) -> ModelShape {
+        let stages = self.subs.iter().enumerate().map(|(index, sub)| {
+            let heads = self.heads();
+            let kind = match sub {
+                Sub::Attention(axes, mask) => {
+                    let axes: Vec<_> = axes.iter().map(|&axis| SeqAxis::ALL[axis]).collect();
+                    let axes = AxisSet::of(&axes);
+                    StageKind::Attention(AttentionStage::softmax(axes, heads, mask.clone()))
+                }
+                Sub::Text => StageKind::CrossAttention { heads },
+                Sub::Mlp => StageKind::FeedForward { inner: INNER },
+            };
+            Stage::new(format!("sub {index}"), kind)
+        });
+        ModelShape {
+            batch: self.batch,
+            lengths: self.lengths.clone(),
+            hidden: HIDDEN,
+            stages: stages.collect(),
+            output: self.output,
+        }
+    }
+
+    /// Elements of the residual stream.
+    pub(crate) fn elements(&self) -> usize {
+        self.batch * HIDDEN * self.lengths.iter().product::<usize>()
+    }
+
+    fn lengths(&self) -> [usize; 3] {
+        self.shape().lengths().unwrap()
+    }
+
+    fn text_lengths(&self) -> Arc<[usize]> {
+        (0..self.batch).map(|sample| TEXT - sample % 2).collect()
+    }
+
+    /// The role of the parameter at a path, such as `layers.2.inputs.0`.
+    pub(crate) fn role(&self, path: &str) -> Role {
+        let mut words = path.split('.');
+        let (Some("layers"), Some(layer), Some(name)) = (words.next(), words.next(), words.next())
+        else {
+            return Role::Replicated;
+        };
+        let units = match self.subs[layer.parse::<usize>().unwrap()] {
+            Sub::Mlp => INNER,
+            _ => self.heads.1,
+        };
+        match name {
+            "inputs" => Role::Columns {
+                dim: 1,
+                fused: 1,
+                units,
+            },
+            "input_biases" => Role::Columns {
+                dim: 0,
+                fused: 1,
+                units,
+            },
+            "output" => Role::Rows { dim: 0, units },
+            _ => Role::Replicated,
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct Layer {
+    gamma: Param<Tensor<1>>,
+    inputs: Vec<Param<Tensor<2>>>,
+    input_biases: Vec<Param<Tensor<1>>>,
+    output: Param<Tensor<2>>,
+    bias: Param<Tensor<1>>,
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct Model {
+    table: Param<Tensor<2>>,
+    layers: Vec<Layer>,
+}
+
+/// A value in [-1, 1) for each pair of numbers.
+pub(crate) fn noise(seed: u64, index: usize) -> f64 {
+    let mut z = seed
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        .wrapping_add(index as u64 + 1)
+        .wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 32;
+    (z >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+}
+
+fn random<const D: usize>(shape: [usize; D], seed: u64, dtype: DType) -> Tensor<D> {
+    let values: Vec<f64> = (0..shape.iter().product())
+        .map(|index| noise(seed, index))
+        .collect();
+    Tensor::from_data(TensorData::new(values, shape), (&Device::flex(), dtype))
+}
+
+pub(crate) fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
+    tensor.to_data().iter::<f64>().collect()
+}
+
+impl Model {
+    fn new(case: &Case, dtype: DType) -> Self {
+        let mut seed = 0;
+        let mut next = || {
+            seed += 1;
+            seed
+        };
+        let layers = case.subs.iter().map(|sub| {
+            let (query, key) = (case.heads.0 * HEAD, case.heads.1 * HEAD);
+            let widths = match sub {
+                Sub::Mlp => vec![INNER],
+                Sub::Attention(..) | Sub::Text => vec![query, key, key],
+            };
+            let mut matrix =
+                |rows, columns| Param::from_tensor(random([rows, columns], next(), dtype));
+            let inputs: Vec<_> = widths.iter().map(|&width| matrix(HIDDEN, width)).collect();
+            let output = matrix(widths[0], HIDDEN);
+            let mut vector = |width| Param::from_tensor(random([width], next(), dtype));
+            Layer {
+                gamma: vector(HIDDEN),
+                inputs,
+                input_biases: widths.iter().map(|&width| vector(width)).collect(),
+                output,
+                bias: vector(HIDDEN),
+            }
+        });
+        let layers = layers.collect();
+        let table = Param::from_tensor(random([case.lengths[0], HIDDEN], next(), dtype));
+        Self { table, layers }
+    }
+
+    fn forward(
+        &self,
+        case: &Case,
+        session: &Session,
+        x: Shard,
+        text: &Tensor<3>,
+    ) -> Result<Shard, Error> {
+        let positions = x.positions(SeqAxis::FIRST);
+        let table = select_ranges(self.table.val(), 0, &positions);
+        let count = table.dims()[0];
+        let mut x = x.map(|x| x + table.reshape(Exactly([1, count, 1, 1, HIDDEN])))?;
+        let mut stages = session.stages();
+        for (layer, sub) in self.layers.iter().zip(&case.subs) {
+            let stage = match sub {
+                Sub::Attention(..) => stages.attention()?,
+                Sub::Text => stages.cross_attention()?,
+                Sub::Mlp => stages.feed_forward()?,
+            };
+            x = stage.arrange(x)?;
+            let h = stage.enter(x.clone().map(|x| layer.norm(x))?)?;
+            let inner = match sub {
+                Sub::Attention(..) => {
+                    let q = h.clone().map(|h| layer.input(0, h))?;
+                    let k = h.clone().map(|h| layer.input(1, h))?;
+                    let v = h.map(|h| layer.input(2, h))?;
+                    stage.attend(q, k, v)?
+                }
+                Sub::Text => {
+                    let q = h.map(|h| layer.input(0, h))?;
+                    let (k, v) = (layer.input(1, text.clone()), layer.input(2, text.clone()));
+                    cross_attention(q, k, v, case.heads(), case.text_lengths())?
+                }
+                Sub::Mlp => h.map(|h| layer.input(0, h).tanh())?,
+            };
+            let part = inner.map(|h| linear(h, layer.output.val(), None))?;
+            let part = stage.leave(part, Some(layer.bias.val()))?.into_tensor();
+            x = x.map(|x| x + part)?;
+        }
+        stages.finish(x)
+    }
+}
+
+/// `x·w + b` over the last dim. Burn's own, whose graph depends on the number of rows, and so differs by rank
+/// where blocks are uneven: no strategy may trip over that. On Flex it reads out of bounds where a block is
+/// empty; such a block goes through one plain product instead.
+fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let mut dims = x.dims();
+    let [input, output] = weight.dims();
+    let rows: usize = dims[..D - 1].iter().product();
+    if rows * input * output > 0 {
+        return module::linear(x, weight, bias);
+    }
+    let y = x.reshape(Exactly([rows, input])).matmul(weight);
+    dims[D - 1] = output;
+    match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    }
+    .reshape(Exactly(dims))
+}
+
+impl Layer {
+    /// Divides by the root mean square. Burn's own mean and powers would round factors to f32.
+    fn norm(&self, x: Tensor<5>) -> Tensor<5> {
+        let square = (x.clone() * x.clone())
+            .sum_dim(4)
+            .mul_scalar(1.0 / HIDDEN as f64);
+        x / square.add_scalar(0.1).sqrt() * self.gamma.val().unsqueeze()
+    }
+
+    fn input<const D: usize>(&self, index: usize, x: Tensor<D>) -> Tensor<D> {
+        let bias = self.input_biases[index].val();
+        linear(x, self.inputs[index].val(), Some(bias))
+    }
+}
+
+/// A gradient on one rank, and which part of the whole it is.
+#[derive(Debug, Clone)]
+pub(crate) struct Gradient {
+    shape: Vec<usize>,
+    placement: Placement,
+    values: Vec<f64>,
+}
+
+/// What one rank saw.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) output: Vec<f64>,
+    input: Vec<f64>,
+    text: Vec<f64>,
+    parameters: BTreeMap<String, Gradient>,
+    /// The ledger after the backward pass.
+    pub(crate) step: Traffic,
+    /// By formula.
+    pub(crate) expected: Elements,
+    /// The reduction of gradients, and its formula.
+    pub(crate) reduction: (Entry, u64),
+    /// The gather of the output, and its formula.
+    pub(crate) gather: (Entry, Elements),
+}
+
+struct Collect<'a> {
+    path: Vec<String>,
+    gradients: &'a GradientsParams,
+    placed: &'a Placed<Model>,
+    found: BTreeMap<String, Gradient>,
+}
+
+impl ModuleVisitor for Collect<'_> {
+    fn enter_module(&mut self, name: &str, _container: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let gradient = self.gradients.get::<D>(param.id);
+        let gradient = Gradient {
+            shape: param.val().dims().to_vec(),
+            placement: self.placed.placement(param.id).clone(),
+            values: gradient.map_or_else(Vec::new, |gradient| values(&gradient)),
+        };
+        self.found.insert(self.path.join("."), gradient);
+    }
+}
+
+/// Runs the model on `ranks` ranks; a refusal is found before.
+pub(crate) fn run(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    ranks: usize,
+    dtype: DType,
+) -> Result<Vec<Seen>, PlanError> {
+    strategy.plan(&case.shape(), ranks)?;
+    let model = Arc::new(Model::new(case, dtype));
+    let (strategy, case) = (strategy.clone(), case.clone());
+    let seen = Launch::new(ranks)
+        .timeout(std::time::Duration::from_secs(20))
+        .run(move |group| -> Result<Seen, Error> {
+            let device = match case.checkpointing {
+                Checkpointing::Off => Device::flex().autodiff(),
+                Checkpointing::On => Device::flex().autodiff().gradient_checkpointing(),
+            };
+            let session = Session::new(strategy.clone(), group, case.shape())?;
+            let placed = session.place(&*model, |path| case.role(path), &device);
+            let [a, b, c] = case.lengths();
+            let whole = [case.batch, a, b, c, HIDDEN];
+            fn leaf<const D: usize>(value: &Tensor<D>, device: &Device) -> Tensor<D> {
+                Tensor::from_data(value.to_data(), (device, value.dtype())).require_grad()
+            }
+            let x = leaf(&random(whole, 101, dtype), &device);
+            let text = leaf(&random([case.batch, TEXT, HIDDEN], 102, dtype), &device);
+            let output =
+                placed
+                    .module
+                    .forward(&case, &session, session.split(x.clone())?, &text)?;
+            let weight = Tensor::from_data(random(whole, 103, dtype).to_data(), (&device, dtype));
+            let weight = Shard::split(weight, output.layout(), output.rank())?;
+            let y = output.tensor().clone();
+            let loss = (y.clone() * y * weight.into_tensor()).sum();
+            let mut gradients = session.backward(Loss::OfShard(loss))?;
+            let (dx, dtext) = (x.grad(&gradients), text.grad(&gradients));
+            let ledger = session.group().ledger();
+            let step = ledger.take();
+            let reduced = session.reduce(&mut gradients, &placed)?;
+            let reduction = ledger.take().phase(Phase::Gradients);
+            let gathered = session.gather(output)?;
+            let gather = ledger.take().phase(Phase::Forward);
+            let mut collect = Collect {
+                path: vec![],
+                gradients: &reduced,
+                placed: &placed,
+                found: BTreeMap::new(),
+            };
+            placed.module.visit(&mut collect);
+            let count = replicated_parameters(&placed);
+            Ok(Seen {
+                output: values(&gathered.inner()),
+                input: values(&dx.unwrap()),
+                text: dtext.map_or_else(Vec::new, |dtext| values(&dtext)),
+                parameters: collect.found,
+                step,
+                expected: session.expected_sends(),
+                reduction: (reduction, session.expected_reduce(count)),
+                gather: (gather, session.expected_gather(case.batch, HIDDEN)),
+            })
+        })
+        .unwrap();
+    Ok(seen)
+}
+
+/// Everything that is compared, by name, whole.
+pub(crate) fn whole(seen: &[Seen]) -> BTreeMap<String, Vec<f64>> {
+    let sum = |part: fn(&Seen) -> &Vec<f64>| {
+        let mut sum: Vec<f64> = vec![];
+        for seen in seen {
+            let terms = part(seen);
+            sum.resize(terms.len().max(sum.len()), 0.0);
+            for (sum, term) in sum.iter_mut().zip(terms) {
+                *sum += term;
+            }
+        }
+        sum
+    };
+    let mut whole = BTreeMap::from([
+        ("output".to_owned(), seen[0].output.clone()),
+        ("input".to_owned(), sum(|seen| &seen.input)),
+        ("text".to_owned(), sum(|seen| &seen.text)),
+    ]);
+    for (path, first) in &seen[0].parameters {
+        let gradient = match &first.placement {
+            Placement::Replicated => first.values.clone(),
+            Placement::Sharded { dim, .. } => joined(seen, path, *dim),
+        };
+        whole.insert(path.clone(), gradient);
+    }
+    whole
+}
+
+/// A sharded parameter's gradient from all ranks' parts.
+fn joined(seen: &[Seen], path: &str, dim: usize) -> Vec<f64> {
+    let parts: Vec<&Gradient> = seen.iter().map(|seen| &seen.parameters[path]).collect();
+    let shape = &parts[0].shape;
+    let (outer, inner) = (
+        shape[..dim].iter().product::<usize>(),
+        shape[dim + 1..].iter().product::<usize>(),
+    );
+    let mut joined = vec![];
+    for row in 0..outer {
+        for part in &parts {
+            let width = part.shape[dim] * inner;
+            joined.extend_from_slice(&part.values[row * width..(row + 1) * width]);
+        }
+    }
+    joined
+}
+
+/// The replicated results are the same bits on every rank.
+pub(crate) fn assert_alike_on_all_ranks(seen: &[Seen]) -> Result<(), TestCaseError> {
+    for other in &seen[1..] {
+        prop_assert_eq!(&seen[0].output, &other.output);
+        for (path, gradient) in &seen[0].parameters {
+            if gradient.placement == Placement::Replicated {
+                prop_assert_eq!(&gradient.values, &other.parameters[path].values, "{}", path);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Holds results to the serial ones: |Δ| ≤ `tolerance` · max(1, max|serial|), tensor by tensor.
+pub(crate) fn assert_close(
+    what: &str,
+    serial: &BTreeMap<String, Vec<f64>>,
+    found: &BTreeMap<String, Vec<f64>>,
+    tolerance: f64,
+) -> Result<(), TestCaseError> {
+    prop_assert_eq!(serial.len(), found.len());
+    for (name, expected) in serial {
+        let found = &found[name];
+        prop_assert_eq!(
+            found.len(),
+            expected.len(),
+            "{}: elements of {}",
+            what,
+            name
+        );
+        let size = expected.iter().fold(1.0, |size: f64, x| size.max(x.abs()));
+        for (index, (a, b)) in found.iter().zip(expected).enumerate() {
+            let difference = (a - b).abs() / size;
+            prop_assert!(
+                difference <= tolerance,
+                "{what}: {name}[{index}] is {a}, serially {b}: a difference of {difference:e}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Runs a case serially and under a strategy, and compares everything.
+pub(crate) fn check(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    ranks: usize,
+    dtype: DType,
+    tolerance: f64,
+) -> Result<Result<(), PlanError>, TestCaseError> {
+    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
+    let reference = whole(&run(&serial, case, 1, dtype).unwrap());
+    let seen = match run(strategy, case, ranks, dtype) {
+        Ok(seen) => seen,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    assert_alike_on_all_ranks(&seen)?;
+    let what = format!("{} on {ranks} ranks", strategy.name());
+    assert_close(&what, &reference, &whole(&seen), tolerance)?;
+    assert_sent_as_planned(&seen, dtype)?;
+    Ok(Ok(()))
+}
+
+/// The ledger equals the formulas, per rank, in elements and bytes.
+pub(crate) fn assert_sent_as_planned(seen: &[Seen], dtype: DType) -> Result<(), TestCaseError> {
+    for (rank, seen) in seen.iter().enumerate() {
+        let (forward, backward) = (
+            seen.step.phase(Phase::Forward),
+            seen.step.phase(Phase::Backward),
+        );
+        let sent = Elements {
+            forward: forward.elements,
+            backward: backward.elements,
+        };
+        prop_assert_eq!(sent, seen.expected, "what rank {} sends", rank);
+        prop_assert_eq!(forward.bytes, forward.elements * dtype.size() as u64);
+        prop_assert_eq!(backward.bytes, backward.elements * dtype.size() as u64);
+        prop_assert_eq!(
+            seen.reduction.0.elements,
+            seen.reduction.1,
+            "rank {}'s reduction",
+            rank
+        );
+        prop_assert_eq!(
+            seen.gather.0.elements,
+            seen.gather.1.forward,
+            "rank {}'s gather",
+            rank
+        );
+    }
+    Ok(())
+}
+
+fn masks(batch: usize) -> impl Strategy<Value = Mask> {
+    prop_oneof![
+        2 => Just(Mask::Full),
+        2 => Just(Mask::Causal),
+        1 => prop::collection::vec(0usize..5, batch).prop_map(|lengths| Mask::KeyLengths(lengths.into())),
+    ]
+}
+
+/// An attention over any non-empty set of the axes, most often one.
+fn attentions(axes: usize, batch: usize) -> impl Strategy<Value = Sub> {
+    let sets = prop_oneof![
+        3 => (0..axes).prop_map(|axis| vec![axis]),
+        1 => (1usize..1 << axes).prop_map(move |bits| (0..axes).filter(|axis| bits >> axis & 1 == 1).collect()),
+    ];
+    (sets, masks(batch)).prop_map(|(axes, mask)| Sub::Attention(axes, mask))
+}
+
+/// Models of the given number of axes: lengths below the ranks too, heads that the ranks do not divide, fewer
+/// key-value heads than ranks, any order of sub-layers.
+pub(crate) fn cases(axes: usize) -> impl Strategy<Value = Case> {
+    let heads = [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 2),
+        (5, 5),
+        (6, 2),
+        (5, 1),
+        (6, 3),
+    ];
+    (1usize..=2).prop_flat_map(move |batch| {
+        let sub =
+            prop_oneof![4 => attentions(axes, batch), 1 => Just(Sub::Text), 1 => Just(Sub::Mlp)];
+        let longest = [0usize, 9, 6, 4][axes];
+        (
+            Just(batch),
+            prop::collection::vec(1..=longest, axes),
+            prop::sample::select(heads.to_vec()),
+            prop::collection::vec(sub, 1..=4),
+            prop_oneof![Just(OutputLayout::AsInput), Just(OutputLayout::Free)],
+            prop_oneof![Just(Checkpointing::Off), Just(Checkpointing::On)],
+        )
+            .prop_map(
+                |(batch, lengths, heads, subs, output, checkpointing)| Case {
+                    batch,
+                    lengths,
+                    heads,
+                    subs,
+                    output,
+                    checkpointing,
+                },
+            )
+    })
+}

@@ -1,0 +1,229 @@
+//! Every strategy that is compiled in gives what one rank alone gives: outputs, the gradients of the inputs
+//! and of every parameter. A new strategy is tested by being registered.
+#![cfg(feature = "flex")]
+#![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
+
+mod common;
+
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use common::{Case, Checkpointing, Sub, attend, cases, check, noise, values};
+use dsp_core::attention::Logsumexp;
+use dsp_core::strategy::{AttentionStage, OutputLayout, StageKind};
+use dsp_core::{
+    AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
+    launch,
+};
+use proptest::prelude::*;
+
+/// What is left are f64's roundings, of sums in another order: about 1e-14 a layer.
+const F64: f64 = 1e-10;
+/// The same in f32, about 1e-7 each, where the values stay within a few units.
+const F32: f64 = 1e-5;
+
+/// Which refusal is right, if any; of strategies that this test does not know, whether the one that they
+/// give is true.
+fn assert_refusal_is_right(
+    strategy: &'static str,
+    case: &Case,
+    ranks: usize,
+    given: Option<&PlanError>,
+) -> Result<(), TestCaseError> {
+    let attentions = || {
+        case.subs
+            .iter()
+            .enumerate()
+            .filter_map(|(index, sub)| match sub {
+                Sub::Attention(axes, _) => Some((format!("sub {index}"), axes)),
+                _ => None,
+            })
+    };
+    let over_all = attentions().find(|(_, axes)| axes.len() == case.lengths.len());
+    let right = match strategy {
+        "serial" => (ranks != 1).then_some(PlanError::Ranks {
+            strategy,
+            ranks,
+            rule: "it is the model on one device; every other strategy runs on several",
+        }),
+        "dsp" => over_all
+            .filter(|_| ranks > 1)
+            .map(|(stage, _)| PlanError::NoAxisLeft {
+                strategy,
+                stage,
+                axes: case.lengths.len(),
+            }),
+        "ulysses" => attentions()
+            .next()
+            .filter(|_| case.heads.0 < ranks)
+            .map(|(stage, _)| PlanError::Heads {
+                strategy,
+                stage,
+                heads: case.heads.0,
+                ranks,
+            }),
+        _ => {
+            let is_true = match given {
+                None => true,
+                Some(PlanError::NoAxisLeft { .. }) => over_all.is_some(),
+                Some(PlanError::Heads { heads, ranks, .. }) => heads < ranks,
+                Some(PlanError::Form { .. }) => true,
+                Some(_) => false,
+            };
+            prop_assert!(is_true, "{strategy} refuses wrongly: {given:?}");
+            return Ok(());
+        }
+    };
+    prop_assert_eq!(given, right.as_ref(), "{} on {} ranks", strategy, ranks);
+    Ok(())
+}
+
+fn check_all(case: &Case, ranks: usize, dtype: DType, tolerance: f64) -> Result<(), TestCaseError> {
+    for strategy in dsp_strategies::all() {
+        let outcome = check(&strategy, case, ranks, dtype, tolerance)?;
+        assert_refusal_is_right(strategy.name(), case, ranks, outcome.err().as_ref())?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn two_axes_give_the_serial_results_in_f64(case in cases(2), ranks in 1usize..=5) {
+        check_all(&case, ranks, DType::F64, F64)?;
+    }
+
+    #[test]
+    fn three_axes_give_the_serial_results_in_f64(case in cases(3), ranks in 1usize..=5) {
+        check_all(&case, ranks, DType::F64, F64)?;
+    }
+
+    #[test]
+    fn one_axis_gives_the_serial_results_in_f64(case in cases(1), ranks in 1usize..=5) {
+        check_all(&case, ranks, DType::F64, F64)?;
+    }
+
+    #[test]
+    fn any_number_of_axes_gives_the_serial_results_in_f32(
+        case in (1usize..=3).prop_flat_map(cases),
+        ranks in 1usize..=5,
+    ) {
+        check_all(&case, ranks, DType::F32, F32)?;
+    }
+}
+
+fn model(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
+    Case {
+        batch: 2,
+        lengths: lengths.to_vec(),
+        heads,
+        subs,
+        output: OutputLayout::AsInput,
+        checkpointing: Checkpointing::Off,
+    }
+}
+
+/// A case that must run under every parallel strategy.
+#[track_caller]
+fn assert_runs_everywhere(case: &Case) {
+    for ranks in 2..=5 {
+        for strategy in dsp_strategies::all() {
+            if strategy.name() != "serial" {
+                check(&strategy, case, ranks, DType::F64, F64)
+                    .unwrap()
+                    .unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn heads_and_lengths_that_no_number_of_ranks_divides_give_the_serial_gradients() {
+    let subs = vec![
+        attend(&[0]),
+        attend(&[1]),
+        Sub::Mlp,
+        attend(&[0]),
+        Sub::Text,
+        attend(&[1]),
+    ];
+    assert_runs_everywhere(&model(&[7, 11], (7, 7), subs));
+}
+
+#[test]
+fn fewer_key_value_heads_than_ranks_give_the_serial_gradients() {
+    let subs = vec![attend(&[0]), attend(&[1]), Sub::Mlp];
+    assert_runs_everywhere(&model(&[5, 6], (6, 2), subs.clone()));
+    assert_runs_everywhere(&model(&[5, 6], (5, 1), subs));
+}
+
+#[test]
+fn axes_shorter_than_the_ranks_give_the_serial_gradients() {
+    let subs = vec![attend(&[0]), attend(&[1]), Sub::Text, Sub::Mlp];
+    assert_runs_everywhere(&model(&[1, 2], (5, 5), subs.clone()));
+    assert_runs_everywhere(&model(&[2, 3], (5, 5), subs));
+}
+
+#[test]
+fn causal_attention_sees_global_positions() {
+    let causal = |axis| Sub::Attention(vec![axis], Mask::Causal);
+    assert_runs_everywhere(&model(&[6, 7], (5, 5), vec![causal(0), causal(1)]));
+}
+
+#[test]
+fn joint_attention_over_two_of_three_axes_gives_the_serial_gradients() {
+    let joint = |a, b, mask| Sub::Attention(vec![a, b], mask);
+    let subs = vec![
+        joint(0, 1, Mask::Causal),
+        joint(1, 2, Mask::Full),
+        joint(0, 2, Mask::Causal),
+    ];
+    assert_runs_everywhere(&model(&[3, 4, 3], (6, 3), subs));
+}
+
+#[test]
+fn the_logsumexp_of_a_split_attention_is_the_serial_one_where_its_queries_are() {
+    let heads = Heads {
+        query: 5,
+        key_value: 1,
+        dim: 2,
+    };
+    let axis = SeqAxis::FIRST;
+    let attention = AttentionStage::softmax(AxisSet::of(&[axis]), heads, Mask::Causal);
+    let model = ModelShape {
+        batch: 2,
+        lengths: vec![7],
+        hidden: 10,
+        stages: vec![Stage::new("attention", StageKind::Attention(attention))],
+        output: OutputLayout::AsInput,
+    };
+    let whole = |channels: usize, seed| {
+        let values: Vec<f64> = (0..14 * channels).map(|index| noise(seed, index)).collect();
+        let data = TensorData::new(values, [2, 7, 1, 1, channels]);
+        Tensor::<5>::from_data(data, (&Device::flex(), DType::F64))
+    };
+    let run = |strategy: Arc<dyn SequenceParallel>, ranks: usize| {
+        let model = model.clone();
+        let seen = launch(ranks, move |group| -> Result<_, Error> {
+            let session = Session::new(strategy.clone(), group, model.clone())?;
+            let stage = session.stages().attention()?;
+            let [q, k, v] =
+                [(10, 1), (2, 2), (2, 3)].map(|(c, seed)| session.split(whole(c, seed)));
+            let attended = stage.attend_with([q?, k?, v?], Logsumexp::Wanted)?;
+            Ok(values(&session.gather(attended.logsumexp.unwrap())?))
+        });
+        seen.unwrap().swap_remove(0)
+    };
+    let serial = run(Arc::new(dsp_strategies::Serial), 1);
+    assert_eq!(serial.len(), 2 * 7 * 5);
+    for strategy in dsp_strategies::all() {
+        for ranks in 2..=5 {
+            if strategy.plan(&model, ranks).is_ok() {
+                for (a, b) in run(strategy.clone(), ranks).iter().zip(&serial) {
+                    assert!((a - b).abs() < F64, "{} on {ranks} ranks", strategy.name());
+                }
+            }
+        }
+    }
+}

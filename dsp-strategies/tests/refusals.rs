@@ -1,0 +1,173 @@
+//! What a strategy refuses it refuses in its plan, with the numbers and the rule.
+#![cfg(all(feature = "flex", feature = "dsp", feature = "ulysses"))]
+#![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Case, Checkpointing, Sub, attend};
+use dsp_core::strategy::{Form, OutputLayout, StageKind};
+use dsp_core::{Error, Group, ModelShape, PlanError, SequenceParallel, Session};
+use dsp_strategies::{Dsp, Serial, Ulysses, by_name};
+
+fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
+    Case {
+        batch: 1,
+        lengths: lengths.to_vec(),
+        heads,
+        subs,
+        output: OutputLayout::AsInput,
+        checkpointing: Checkpointing::Off,
+    }
+}
+
+fn two_axes() -> ModelShape {
+    case(
+        &[3, 4],
+        (4, 2),
+        vec![attend(&[0]), Sub::Text, Sub::Mlp, attend(&[1])],
+    )
+    .shape()
+}
+
+#[test]
+fn serial_runs_on_one_rank_only() {
+    Serial.plan(&two_axes(), 1).unwrap();
+    let refusal = Serial.plan(&two_axes(), 2).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "serial cannot run on 2 ranks: it is the model on one device; every other strategy runs on several"
+    );
+}
+
+#[test]
+fn dsp_needs_an_axis_that_a_stage_does_not_attend() {
+    let text = case(&[8], (2, 2), vec![Sub::Mlp, attend(&[0])]).shape();
+    let refusal = Dsp.plan(&text, 2).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "dsp cannot run stage \"sub 1\": it attends over every one of the model's 1 sequence axes, so that none \
+         is left to be split; use a strategy that splits the attended axis"
+    );
+    let joint = case(&[3, 4], (2, 2), vec![attend(&[0]), attend(&[0, 1])]).shape();
+    let expected = PlanError::NoAxisLeft {
+        strategy: "dsp",
+        stage: "sub 1".to_owned(),
+        axes: 2,
+    };
+    assert_eq!(Dsp.plan(&joint, 2).unwrap_err(), expected);
+    // One rank needs no split, and two of three axes leave one.
+    Dsp.plan(&joint, 1).unwrap();
+    let third = case(&[3, 4, 2], (2, 2), vec![attend(&[0, 1])]).shape();
+    Dsp.plan(&third, 2).unwrap();
+}
+
+#[test]
+fn ulysses_needs_a_query_head_for_each_rank() {
+    Ulysses.plan(&two_axes(), 4).unwrap();
+    let refusal = Ulysses.plan(&two_axes(), 5).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "ulysses cannot run stage \"sub 0\": 4 query heads over 5 ranks leave a rank without a head; use at \
+         most 4 ranks"
+    );
+}
+
+#[test]
+fn heads_that_do_not_form_groups_are_refused_by_all_with_both_numbers() {
+    for (heads, stage) in [((3, 2), "sub 0"), ((2, 0), "sub 0"), ((0, 1), "sub 0")] {
+        let model = case(&[3, 4], heads, vec![attend(&[0])]).shape();
+        for strategy in dsp_strategies::all() {
+            let expected = PlanError::HeadGroups {
+                stage: stage.to_owned(),
+                query: heads.0,
+                key_value: heads.1,
+            };
+            assert_eq!(
+                strategy.plan(&model, 1).unwrap_err(),
+                expected,
+                "{}",
+                strategy.name()
+            );
+        }
+    }
+    // Of a cross-attention too.
+    let model = case(&[3, 4], (3, 2), vec![Sub::Mlp, Sub::Text]).shape();
+    let refusal = Dsp.plan(&model, 2).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "stage \"sub 1\" has 3 query heads and 2 key-value heads: the first must be a multiple of the second, and \
+         neither 0"
+    );
+}
+
+#[test]
+fn softmax_strategies_refuse_linear_attention_by_the_stages_name() {
+    let mut model = two_axes();
+    let StageKind::Attention(attention) = &mut model.stages[3].kind else {
+        unreachable!()
+    };
+    attention.form = Form::Linear {
+        decay: vec![0.9; 4].into(),
+    };
+    for strategy in [&Serial as &dyn SequenceParallel, &Dsp, &Ulysses] {
+        let refusal = strategy.plan(&model, 1).unwrap_err();
+        assert_eq!(
+            refusal.to_string(),
+            format!(
+                "{} cannot run stage \"sub 3\": it computes softmax attention, and this one is linear",
+                strategy.name()
+            )
+        );
+    }
+}
+
+#[test]
+fn a_model_of_no_axis_or_of_four_is_refused_by_all() {
+    for axes in [0, 4] {
+        let mut model = two_axes();
+        model.lengths = vec![2; axes];
+        for strategy in dsp_strategies::all() {
+            let refusal = strategy.plan(&model, 1).unwrap_err();
+            assert_eq!(refusal, PlanError::Axes { axes });
+            assert_eq!(
+                refusal.to_string(),
+                format!("a model of {axes} sequence axes was given; one to three are possible")
+            );
+        }
+    }
+}
+
+#[test]
+fn a_model_without_stages_is_planned_by_all() {
+    let model = case(&[3, 4], (1, 1), vec![]).shape();
+    for strategy in dsp_strategies::all() {
+        assert!(strategy.plan(&model, 1).unwrap().stages.is_empty());
+    }
+    Dsp.plan(&model, 3).unwrap();
+    Ulysses.plan(&model, 3).unwrap();
+}
+
+#[test]
+fn a_session_refuses_before_anything_is_sent() {
+    let joint = case(&[3], (2, 2), vec![attend(&[0])]).shape();
+    let errors = dsp_core::launch(2, move |group: Group| -> Result<_, Error> {
+        let refusal = Session::new(Arc::new(Dsp), group.clone(), joint.clone()).unwrap_err();
+        assert_eq!(group.ledger().read().iter().count(), 0);
+        Ok(matches!(refusal, PlanError::NoAxisLeft { axes: 1, .. }))
+    });
+    assert_eq!(errors.unwrap(), [true, true]);
+}
+
+#[test]
+fn a_strategy_is_found_by_its_name_and_an_unknown_name_is_told_the_known_ones() {
+    for strategy in dsp_strategies::all() {
+        assert_eq!(by_name(strategy.name()).unwrap().name(), strategy.name());
+    }
+    let message = by_name("rnig").unwrap_err().to_string();
+    assert!(
+        message
+            .starts_with("no strategy is called \"rnig\"; compiled in are: serial, dsp, ulysses")
+    );
+}

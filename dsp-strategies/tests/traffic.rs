@@ -1,0 +1,236 @@
+//! What is sent, counted by the ledger and held to formulas that stand in this file: to the element and the
+//! byte, forward and backward, per rank. (That the ledger equals each plan's own formula is a part of
+//! `common::check`, and so of every equivalence test.)
+#![cfg(all(feature = "flex", feature = "dsp", feature = "ulysses"))]
+#![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
+
+mod common;
+
+use std::sync::Arc;
+
+use burn::tensor::DType;
+use common::{Case, Checkpointing, HEAD, HIDDEN, Seen, Sub, assert_sent_as_planned, attend, run};
+use dsp_core::ledger::{Collective, Phase};
+use dsp_core::strategy::OutputLayout;
+use dsp_core::{Partition, SeqAxis, SequenceParallel};
+use dsp_strategies::{Dsp, Ulysses};
+use proptest::prelude::*;
+
+fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
+    let subs = [
+        attend(&[1]),
+        Sub::Text,
+        Sub::Mlp,
+        attend(&[0]),
+        Sub::Text,
+        Sub::Mlp,
+    ];
+    Case {
+        batch: 2,
+        lengths: lengths.to_vec(),
+        heads: (4, 4),
+        subs: (0..count).flat_map(|_| subs.clone()).collect(),
+        output,
+        checkpointing: Checkpointing::Off,
+    }
+}
+
+fn observe(strategy: impl SequenceParallel + 'static, case: &Case, ranks: usize) -> Vec<Seen> {
+    let strategy: Arc<dyn SequenceParallel> = Arc::new(strategy);
+    let seen = run(&strategy, case, ranks, DType::F32).unwrap();
+    assert_sent_as_planned(&seen, DType::F32).unwrap();
+    seen
+}
+
+/// All-to-alls of one direction: how many, and their elements.
+fn switches(seen: &Seen, phase: Phase) -> (u64, u64) {
+    let entry = seen.step.entry(phase, Collective::AllToAll);
+    assert_eq!(entry, seen.step.phase(phase), "nothing but all-to-alls");
+    (entry.calls, entry.elements)
+}
+
+#[test]
+fn dsp_makes_two_switches_a_pair_and_one_less_if_the_output_may_stay_where_it_is() {
+    for ranks in [2, 4] {
+        for depth in 1..=3 {
+            for (output, less) in [(OutputLayout::AsInput, 0), (OutputLayout::Free, 1)] {
+                let case = pairs(depth, output, [4, 8]);
+                let activation = case.elements();
+                let each = activation * (ranks - 1) / (ranks * ranks);
+                let count = 2 * depth - less;
+                for seen in observe(Dsp, &case, ranks) {
+                    for phase in [Phase::Forward, Phase::Backward] {
+                        let expected = (count as u64, (count * each) as u64);
+                        assert_eq!(
+                            switches(&seen, phase),
+                            expected,
+                            "{depth} pairs, {ranks} ranks"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn ulysses_sends_four_times_as_much_an_attention_over_the_split_axis_and_nothing_over_the_other() {
+    for ranks in [2, 4] {
+        for depth in 1..=2 {
+            let case = pairs(depth, OutputLayout::AsInput, [4, 8]);
+            let heads = 2 * 4 * 8 * 4 * HEAD;
+            let expected = 4 * depth * heads * (ranks - 1) / (ranks * ranks);
+            for seen in observe(Ulysses, &case, ranks) {
+                for phase in [Phase::Forward, Phase::Backward] {
+                    assert_eq!(switches(&seen, phase), (4 * depth as u64, expected as u64));
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn an_uneven_dsp_switch_sends_what_each_rank_does_not_keep(
+        lengths in [1usize..7, 1usize..7],
+        ranks in 1usize..=5,
+    ) {
+        let case = pairs(1, OutputLayout::AsInput, lengths);
+        let [time, space] = lengths.map(|length| Partition::balanced(length, ranks));
+        for (rank, seen) in observe(Dsp, &case, ranks).iter().enumerate() {
+            let (a, b) = (time.count(rank), space.count(rank));
+            let unit = case.batch * HIDDEN;
+            // There, before time is attended, and back: each direction makes both moves once.
+            let moved = unit * (a * (lengths[1] - b) + b * (lengths[0] - a));
+            for phase in [Phase::Forward, Phase::Backward] {
+                prop_assert_eq!(seen.step.phase(phase).elements, moved as u64);
+                prop_assert_eq!(seen.step.phase(phase).bytes, 4 * moved as u64);
+            }
+        }
+    }
+
+    #[test]
+    fn uneven_ulysses_sends_heads_for_sequence_as_the_formula_says(
+        length in 1usize..8,
+        (query, key_value) in prop::sample::select(vec![(5usize, 5usize), (6, 2), (5, 1), (6, 3), (7, 7)]),
+        ranks in 1usize..=5,
+    ) {
+        let case = Case {
+            batch: 2,
+            lengths: vec![length],
+            heads: (query, key_value),
+            subs: vec![attend(&[0])],
+            output: OutputLayout::AsInput,
+            checkpointing: Checkpointing::Off,
+        };
+        let sequence = Partition::balanced(length, ranks);
+        let heads = Partition::balanced(query, ranks);
+        // The key-value heads that each rank's query heads touch, counted one by one.
+        let touched = |rank: usize| {
+            let groups = heads.ranges(rank).iter().cloned().flatten().map(|head| head * key_value / query);
+            let mut groups: Vec<_> = groups.collect();
+            groups.dedup();
+            groups.len()
+        };
+        for (rank, seen) in observe(Ulysses, &case, ranks).iter().enumerate() {
+            let (l, q, kv) = (sequence.count(rank), heads.count(rank), touched(rank));
+            let others: usize = (0..ranks).filter(|&peer| peer != rank).map(touched).sum();
+            let unit = 2 * HEAD;
+            let forward = unit * (l * (query - q) + 2 * l * others + q * (length - l));
+            let backward = unit * (q * (length - l) + 2 * kv * (length - l) + l * (query - q));
+            prop_assert_eq!(seen.step.phase(Phase::Forward).elements, forward as u64);
+            prop_assert_eq!(seen.step.phase(Phase::Backward).elements, backward as u64);
+        }
+    }
+}
+
+#[test]
+fn on_three_axes_attended_in_a_cycle_dsp_switches_on_every_second_layer() {
+    // k/(k−1) switches a layer that attends each of k axes once: 3/2 for three axes.
+    for layers in [2, 4] {
+        let case = Case {
+            batch: 1,
+            lengths: vec![4, 4, 4],
+            heads: (2, 2),
+            subs: (0..layers)
+                .flat_map(|_| [attend(&[0]), attend(&[1]), attend(&[2])])
+                .collect(),
+            output: OutputLayout::AsInput,
+            checkpointing: Checkpointing::Off,
+        };
+        let each = case.elements() / 4;
+        let expected = 3 * layers as u64 / 2;
+        for seen in observe(Dsp, &case, 2) {
+            for phase in [Phase::Forward, Phase::Backward] {
+                assert_eq!(switches(&seen, phase), (expected, expected * each as u64));
+            }
+        }
+    }
+}
+
+#[test]
+fn dsp_splits_the_longer_axis_where_the_choice_is_free() {
+    // Only the first axis is attended: either other may be split, and the last divides evenly.
+    let case = Case {
+        batch: 1,
+        lengths: vec![5, 3, 8],
+        heads: (1, 1),
+        subs: vec![attend(&[0]), attend(&[0])],
+        output: OutputLayout::Free,
+        checkpointing: Checkpointing::Off,
+    };
+    let plan = Dsp.plan(&case.shape(), 4).unwrap();
+    assert!(
+        plan.stages
+            .iter()
+            .all(|stage| stage.residual.is_split(SeqAxis::THIRD))
+    );
+    assert!((0..4).all(|rank| plan.sends(rank) == Default::default()));
+}
+
+#[test]
+fn one_rank_sends_nothing_at_all() {
+    let case = pairs(1, OutputLayout::AsInput, [3, 4]);
+    for strategy in dsp_strategies::all() {
+        for seen in run(&strategy, &case, 1, DType::F32).unwrap() {
+            assert_eq!(seen.step.phase(Phase::Forward).elements, 0);
+            assert_eq!(seen.step.phase(Phase::Backward).elements, 0);
+            assert_eq!(seen.reduction.0.elements, 0);
+            assert_eq!(seen.gather.0.elements, 0);
+        }
+    }
+}
+
+#[test]
+fn the_gather_of_an_output_and_the_reduction_of_gradients_send_as_their_formulas_say() {
+    let case = pairs(1, OutputLayout::AsInput, [5, 7]);
+    for ranks in 2..=4 {
+        // DSP starts with time split, as space is attended first.
+        let blocks = Partition::balanced(5, ranks);
+        let parameters = parameters(&case);
+        let chunks = Partition::balanced(parameters, ranks);
+        for (rank, seen) in observe(Dsp, &case, ranks).iter().enumerate() {
+            let own = 2 * HIDDEN * 7 * blocks.count(rank);
+            assert_eq!(seen.gather.0.elements, ((ranks - 1) * own) as u64);
+            let chunk = chunks.count(rank);
+            let expected = (parameters - chunk) + (ranks - 1) * chunk;
+            assert_eq!(seen.reduction.0.elements, expected as u64);
+        }
+    }
+}
+
+/// The model's parameters, counted by hand.
+fn parameters(case: &Case) -> usize {
+    let attention = {
+        let (query, key) = (case.heads.0 * HEAD, case.heads.1 * HEAD);
+        (HIDDEN + 1) * (query + 2 * key) + query * HIDDEN
+    };
+    let mlp = (HIDDEN + 1) * common::INNER + common::INNER * HIDDEN;
+    let layers = case
+        .subs
+        .iter()
+        .map(|sub| 2 * HIDDEN + if *sub == Sub::Mlp { mlp } else { attention });
+    case.lengths[0] * HIDDEN + layers.sum::<usize>()
+}
