@@ -124,11 +124,10 @@ impl Comparer {
             progress.begin(name, case.ranks);
             let budget = left / (self.cases.len() - index) as f64;
             let outcome = match self.case(case, reference.as_ref(), budget, progress, meter) {
-                Ok(Done::Serial(outputs, outcome)) => {
-                    reference = Some(outputs);
+                Ok((outputs, outcome)) => {
+                    reference = reference.or(outputs);
                     outcome
                 }
-                Ok(Done::Other(outcome)) => outcome,
                 Err(Stop::Refused(refusal)) if index == 0 => {
                     return Err(CompareError::SerialRefused(refusal));
                 }
@@ -152,6 +151,7 @@ impl Comparer {
         Ok(comparison)
     }
 
+    /// One case; of the first, serial, also what it gave: what the others are held to.
     fn case(
         &self,
         case: &CaseOf,
@@ -159,7 +159,7 @@ impl Comparer {
         budget: f64,
         progress: &Progress,
         meter: &dyn Meter,
-    ) -> Result<Done, Stop> {
+    ) -> Result<(Option<Outputs>, Outcome), Stop> {
         let name = case.strategy.name();
         // Refused before any work, or not at all.
         let shape = self.subject.shape();
@@ -171,13 +171,12 @@ impl Comparer {
         let (outputs, warm_up) = self.check(case)?;
         let equality = outputs.equality(reference.unwrap_or(&outputs), self.scenario.tolerance);
         if !equality.holds() {
-            return Ok(Done::Other(Outcome::Unequal { equality }));
+            return Ok((None, Outcome::Unequal { equality }));
         }
         let repeats = (budget / warm_up) as usize;
         let repeats = repeats.clamp(self.scenario.min_repeats, self.scenario.max_repeats);
         progress.repeat(name, case.ranks, 1, repeats, Some(warm_up));
-        let keep = reference.is_none();
-        let outputs = keep.then_some(outputs);
+        let outputs = reference.is_none().then_some(outputs);
         let before_bytes = meter.reset_peak();
         meter.set_recording(true);
         let ranks = self.time(case, repeats);
@@ -194,11 +193,7 @@ impl Comparer {
                 before_bytes,
             },
         };
-        let outcome = Outcome::Timed(Box::new(measured));
-        Ok(match outputs {
-            Some(outputs) => Done::Serial(outputs, outcome),
-            None => Done::Other(outcome),
-        })
+        Ok((outputs, Outcome::Timed(Box::new(measured))))
     }
 
     fn launch(&self, ranks: usize) -> Launch {
@@ -278,12 +273,6 @@ impl Comparer {
         });
         runs.map_err(|error| Stop::Failed(Box::new(error)))
     }
-}
-
-enum Done {
-    /// The first case: what the others are held to.
-    Serial(Outputs, Outcome),
-    Other(Outcome),
 }
 
 enum Stop {

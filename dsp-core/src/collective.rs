@@ -26,7 +26,7 @@ use burn::tensor::Tensor;
 
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::error::{CommError, Error, Tracking};
-use crate::group::{Group, Request};
+use crate::group::{Group, Request, Step};
 use crate::layout::{Layout, LayoutError, SeqAxis, Shard, Value};
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
@@ -56,8 +56,15 @@ pub fn exchange(
     group: &Group,
 ) -> Result<Tensor<DIMS>, CommError> {
     let (view, shape) = (x.dims(), after.local_shape(group.rank()));
-    exchange_as(x, view, shape, (before, after), (forward, backward), group)
+    let kinds = (forward, backward, ALONE);
+    exchange_as(x, view, shape, (before, after), kinds, group)
 }
+
+/// Which exchange of its collective one is: forward, and backward.
+type Steps = (Step, Step);
+
+/// A collective of one exchange.
+const ALONE: Steps = (Step::First, Step::First);
 
 /// [`exchange`] of a tensor of any rank, seen as `view`; what arrives is seen as `shape`.
 ///
@@ -67,7 +74,7 @@ fn exchange_as<const D: usize>(
     view: [usize; DIMS],
     shape: [usize; D],
     (before, after): (Arc<Blocks>, Arc<Blocks>),
-    (forward, backward): (Collective, Collective),
+    (forward, backward, steps): (Collective, Collective, Steps),
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
     let (dims, received) = (x.dims(), after.local_shape(group.rank()));
@@ -78,6 +85,7 @@ fn exchange_as<const D: usize>(
         tensor: reshape(x.clone().inner(), view),
         before: before.clone(),
         after: after.clone(),
+        step: steps.0,
     })?;
     let group = group.clone();
     Ok(vjp::attach1(x, reshape(y, shape), move |gradient| {
@@ -88,6 +96,7 @@ fn exchange_as<const D: usize>(
             tensor: reshape(gradient, received),
             before: after.clone(),
             after: before.clone(),
+            step: steps.1,
         })?;
         Ok::<_, CommError>(reshape(gradient, dims))
     }))
@@ -268,7 +277,7 @@ pub fn all_to_all<const D: usize>(
     let mut result = dims;
     result[from_dim] = from.length();
     result[to_dim] = to.count(group.rank());
-    let kinds = (Collective::AllToAll, Collective::AllToAll);
+    let kinds = (Collective::AllToAll, Collective::AllToAll, ALONE);
     let blocks = (Arc::new(before), Arc::new(after));
     exchange_as(x, view, result, blocks, kinds, group)
 }
@@ -287,16 +296,19 @@ pub fn all_reduce<const D: usize>(x: Tensor<D>, group: &Group) -> Result<Tensor<
     let dims = x.dims();
     let count = x.shape().num_elements();
     let partition = Partition::balanced(count, group.size());
-    let kinds = (Collective::AllReduce, Collective::AllReduce);
     let (split, whole) = split_and_whole([count], 0, &partition);
     // Between the two exchanges each rank has a chunk of the elements, seen as one row.
     let own = partition.count(group.rank());
     let (row, chunk) = ([1, count, 1, 1, 1], [1, own, 1, 1, 1]);
     let mut shape = [1; D];
     shape[D - 1] = own;
+    let kind = Collective::AllReduce;
     let blocks = (whole.clone(), split.clone());
-    let sums = exchange_as(x, row, shape, blocks, kinds, group)?;
-    exchange_as(sums, chunk, dims, (split, whole), kinds, group)
+    // Backward, the second exchange's transpose comes first.
+    let first = (kind, kind, (Step::First, Step::Further));
+    let second = (kind, kind, (Step::Further, Step::First));
+    let sums = exchange_as(x, row, shape, blocks, first, group)?;
+    exchange_as(sums, chunk, dims, (split, whole), second, group)
 }
 
 /// Sums untracked tensors over the ranks, outside of the forward and the backward pass.
@@ -313,7 +325,11 @@ pub fn all_reduce_in<const D: usize>(
     let partition = Partition::balanced(count, group.size());
     let (split, whole) = split_and_whole([count], 0, &partition);
     let mut tensor = reshape(x.inner(), [1, count, 1, 1, 1]);
-    for (before, after) in [(&whole, &split), (&split, &whole)] {
+    let exchanges = [
+        (&whole, &split, Step::First),
+        (&split, &whole, Step::Further),
+    ];
+    for (before, after, step) in exchanges {
         tensor = group.exchange(Request {
             collective: Collective::AllReduce,
             phase,
@@ -321,6 +337,7 @@ pub fn all_reduce_in<const D: usize>(
             tensor,
             before: before.clone(),
             after: after.clone(),
+            step,
         })?;
     }
     Ok(reshape(tensor, dims))
@@ -374,6 +391,7 @@ pub fn broadcast<const D: usize>(
         tensor,
         before: before.clone(),
         after: after.clone(),
+        step: Step::First,
     })?;
     let group = group.clone();
     Ok(vjp::attach1(x, reshape(y, dims), move |gradient| {
@@ -385,6 +403,7 @@ pub fn broadcast<const D: usize>(
             tensor: reshape(gradient, [1, count, 1, 1, 1]),
             before: after.clone(),
             after: before.clone(),
+            step: Step::First,
         })?;
         Ok::<_, CommError>(if rank == root {
             reshape(sum, dims)
@@ -461,5 +480,6 @@ fn along_dim<const D: usize>(
 ) -> Result<Tensor<D>, CommError> {
     let (view, mut shape) = (view(x.dims(), dim), x.dims());
     shape[dim] = after.dim(1).count(group.rank());
+    let kinds = (kinds.0, kinds.1, ALONE);
     exchange_as(x, view, shape, (before, after), kinds, group)
 }

@@ -98,13 +98,14 @@ impl Group {
             tensor,
             before,
             after,
+            step,
         } = request;
         let rank = self.rank();
         let sent = (0..self.size())
             .filter(|&peer| peer != rank)
             .map(|peer| before.elements(&after, rank, peer) as u64);
         let mut entry = Entry {
-            calls: 1,
+            calls: u64::from(step == Step::First),
             ..Entry::default()
         };
         for elements in sent {
@@ -152,6 +153,17 @@ pub struct Request {
     pub before: Arc<Blocks>,
     /// Who holds what afterwards.
     pub after: Arc<Blocks>,
+    /// Which of the collective's exchanges it is.
+    pub step: Step,
+}
+
+/// Which exchange of a collective: most have one, an all-reduce has two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// The first, or the only one: the ledger counts a call.
+    First,
+    /// A later one of the same call.
+    Further,
 }
 
 /// An exchange that has been started.

@@ -510,7 +510,7 @@ impl Shard {
     ///
     /// # Errors
     /// [`LayoutError::Unexpected`] if they are laid out differently.
-    pub fn add(self, other: Self) -> Result<Self, LayoutError> {
+    pub fn plus(self, other: Self) -> Result<Self, LayoutError> {
         if self.layout != other.layout {
             return Err(LayoutError::Unexpected {
                 place: "a sum of shards",

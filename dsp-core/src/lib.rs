@@ -12,7 +12,8 @@
 //! | [`blocks`] | what must move to get from one distribution of a tensor to another |
 //! | [`group`], [`transport`], [`launch()`] | ranks, sub-groups and meshes; what moves the data; threads as ranks |
 //! | [`collective`], [`reference`] | differentiable collectives; the same as plain functions over all blocks |
-//! | [`vjp`], [`shape`] | a function with a gradient of our own; reshaping that takes empty blocks |
+//! | [`vjp`] | a function with a gradient of our own |
+//! | [`shape`], [`mod@linear`] | reshaping and linear layers that take empty blocks |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`] | the trait, plans, and the session that walks a model through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
@@ -31,6 +32,7 @@ pub mod group;
 pub mod launch;
 pub mod layout;
 pub mod ledger;
+pub mod linear;
 pub mod partition;
 pub mod place;
 pub mod reference;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, GradientCheckpointingStrategy, Tensor};
 
 use crate::group::Group;
 use crate::layout::select_ranges;
@@ -44,11 +44,24 @@ pub fn place<M: Module>(
         sharded: HashMap::new(),
     };
     // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
-    // were trainable.
-    let module = module.valid().map(&mut cutter).fork(device).train();
+    // were trainable. Without autodiff on the device there is nothing to train.
+    let module = module.valid().map(&mut cutter).fork(device);
+    let module = match device.gradient_checkpointing_strategy() {
+        Some(strategy) => module.train().map(&mut Checkpointing(strategy)),
+        None => module,
+    };
     Placed {
         module,
         sharded: cutter.sharded,
+    }
+}
+
+/// Gives the parameters the device's checkpointing strategy, which `train` does not: Burn refuses to mix two.
+struct Checkpointing(GradientCheckpointingStrategy);
+
+impl ModuleMapper for Checkpointing {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.with_gradient_checkpointing_strategy(self.0))
     }
 }
 

@@ -28,7 +28,6 @@ use std::sync::Arc;
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::optim::GradientsParams;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::attention::{self, Attended, Heads, Logsumexp, Mask};
@@ -39,6 +38,7 @@ use crate::error::{CommError, Error};
 use crate::gradients;
 use crate::group::Group;
 use crate::layout::{AxisSet, Layout, LayoutError, SeqAxis, Shard};
+use crate::linear::project_without_bias;
 use crate::place::{self, Placed};
 
 /// The kind of an attention.
@@ -827,8 +827,7 @@ impl<'a> StageRun<'a> {
     /// # Errors
     /// As [`leave`](Self::leave).
     pub fn project(&self, x: Shard, projection: &Linear) -> Result<Shard, Error> {
-        let weight = projection.weight.val();
-        let x = x.map(|x| linear(x, weight, None))?;
+        let x = x.map(|x| project_without_bias(x, projection))?;
         self.leave(x, projection.bias.as_ref().map(Param::val))
     }
 }

@@ -15,7 +15,7 @@ use dsp_core::blocks::{Blocks, DimBlocks};
 use dsp_core::collective::{self, all_reduce_in, relayout};
 use dsp_core::cost::{self, Elements};
 use dsp_core::error::Tracking;
-use dsp_core::group::Request;
+use dsp_core::group::{Request, Step};
 use dsp_core::layout::{LayoutError, MeshAxis, Value};
 use dsp_core::ledger::{Collective, Entry, Phase};
 use dsp_core::{CommError, Error, Group, Layout, Partition, SeqAxis, Shard, launch, reference};
@@ -315,7 +315,7 @@ proptest! {
             let own = chunks.count(rank);
             assert_eq!(forward, ((count - own) + (ranks - 1) * own) as u64);
             let messages = others_with_any(&chunks, rank) + to_each(ranks, own);
-            [(2, messages, forward), (2, messages, backward)]
+            [(1, messages, forward), (1, messages, backward)]
         };
         let expected = Expected {
             forward: &reference::all_reduce,
@@ -893,6 +893,7 @@ fn two_groups_of_the_same_ranks_do_not_mix_whatever_the_order_of_waiting() {
                     .with_dim(1, DimBlocks::split(&partition)),
             ),
             after: Arc::new(Blocks::replicated([1, 2, 1, 1, 1], group.size())),
+            step: Step::First,
         };
         let own = group.rank() as f64;
         let flights = [(&first, 10.0), (&second, 20.0), (&inner, 30.0)]
@@ -957,6 +958,7 @@ fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
             tensor: kept.clone(),
             before: Arc::new(whole.clone().with_dim(1, DimBlocks::split(&partition))),
             after: Arc::new(whole),
+            step: Step::First,
         })?;
         // Burn works in place where nobody shares the values; the posted handle shares them.
         let changed = kept
@@ -1027,4 +1029,26 @@ fn two_axes_cannot_be_split_over_the_same_ranks() {
             MeshAxis { stride: 4, size: 2 },
         )
         .unwrap();
+}
+
+#[test]
+fn a_view_of_a_part_of_a_tensor_is_sent_from_where_it_begins() {
+    for dtype in [DType::F32, DType::F64] {
+        launch(3, move |group| -> Result<(), CommError> {
+            let partition = Partition::balanced(6, 3);
+            // Of the outermost dim: what Flex cuts from an inner one it copies.
+            let view = |rank: usize| random([4, 2, 1, 1, 3], rank as u64, dtype).narrow(0, 1, 2);
+            let blocks: Vec<_> = (0..3).map(view).collect();
+            let after = Blocks::replicated([2, 6, 1, 1, 3], 3);
+            let before = after.clone().with_dim(1, DimBlocks::split(&partition));
+            let (before, after) = (Arc::new(before), Arc::new(after));
+            let kinds = (Collective::AllGather, Collective::ReduceScatter);
+            let own = view(group.rank());
+            let gathered = collective::exchange(own, before, after, kinds.0, kinds.1, &group)?;
+            let expected = &reference::all_gather(&blocks, 1, &partition)[group.rank()];
+            assert_eq!(bits(&gathered), bits(expected));
+            Ok(())
+        })
+        .unwrap();
+    }
 }

@@ -329,8 +329,8 @@ fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_
                 let sent = group.ledger().read().phase(Phase::Gradients);
                 assert_eq!(sent.elements, session.expected_reduce(10));
                 assert_eq!(sent.bytes, sent.elements * dtype.size() as u64);
-                // One bucket, one all-reduce: its two exchanges.
-                assert_eq!(sent.calls, 2);
+                // One bucket, one all-reduce.
+                assert_eq!(sent.calls, 1);
                 assert!(reduced.get::<1>(toy.frozen.id).is_none());
                 let sharded = reduced.get::<2>(toy.sharded.id).unwrap();
                 assert_eq!(sharded.dims(), toy.sharded.val().dims());
@@ -407,4 +407,24 @@ fn an_error_on_one_rank_in_a_session_is_the_root_for_all() {
     let Some(Error::Stage(StageError::Kind { .. })) = source.downcast_ref() else {
         panic!("{source}")
     };
+}
+
+#[test]
+fn a_placed_module_has_the_devices_checkpointing_and_none_of_it_without_autodiff() {
+    let session = session(&Group::alone());
+    let module = toy(DType::F32);
+    for device in [
+        Device::flex(),
+        Device::flex().autodiff(),
+        Device::flex().autodiff().gradient_checkpointing(),
+    ] {
+        let toy = session.place(&module, toy_role, &device).module;
+        let strategy = device.gradient_checkpointing_strategy();
+        for tensor in [toy.used.val(), toy.sharded.val()] {
+            assert_eq!(tensor.gradient_checkpointing_strategy(), strategy);
+            assert_eq!(tensor.is_require_grad(), strategy.is_some());
+        }
+        assert_eq!(toy.frozen.val().gradient_checkpointing_strategy(), strategy);
+        assert!(!toy.frozen.val().is_require_grad());
+    }
 }

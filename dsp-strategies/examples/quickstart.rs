@@ -2,10 +2,13 @@
 //!
 //! `cargo run --release --example quickstart -- ulysses`
 
+#![allow(clippy::print_stdout, reason = "an example shows what it did")]
+
 use burn::module::Module;
 use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData, activation::gelu};
+use dsp_core::linear::project;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Role, StageKind, StageRun};
 use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, SeqAxis, Session, Shard, Stage,
@@ -68,7 +71,11 @@ impl Axial {
     fn shape(batch: usize) -> ModelShape {
         let heads = Heads::multi(HEADS, WIDTH / HEADS);
         let over = |axis| {
-            StageKind::Attention(AttentionStage::softmax(AxisSet::of(&[axis]), heads, Mask::Full))
+            StageKind::Attention(AttentionStage::softmax(
+                AxisSet::of(&[axis]),
+                heads,
+                Mask::Full,
+            ))
         };
         ModelShape {
             batch,
@@ -96,9 +103,9 @@ impl Attention {
     fn forward(&self, x: Shard, stage: StageRun<'_>) -> Result<Shard, Error> {
         let x = stage.arrange(x)?; // the residual stream, laid out for this stage
         let h = stage.enter(x.clone().map(|x| self.norm.forward(x))?)?;
-        let [query, key, value] = h.map(|h| self.qkv.forward(h))?.chunks();
+        let [query, key, value] = h.map(|h| project(h, &self.qkv))?.chunks();
         let h = stage.attend(query, key, value)?;
-        Ok(x.add(stage.project(h, &self.project)?)?)
+        Ok(x.plus(stage.project(h, &self.project)?)?)
     }
 }
 
@@ -106,8 +113,8 @@ impl FeedForward {
     fn forward(&self, x: Shard, stage: StageRun<'_>) -> Result<Shard, Error> {
         let x = stage.arrange(x)?;
         let h = stage.enter(x.clone().map(|x| self.norm.forward(x))?)?;
-        let h = h.map(|h| gelu(self.up.forward(h)))?;
-        Ok(x.add(stage.project(h, &self.down)?)?)
+        let h = h.map(|h| gelu(project(h, &self.up)))?;
+        Ok(x.plus(stage.project(h, &self.down)?)?)
     }
 }
 
@@ -146,7 +153,10 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 
     let curve = &curves[0];
     let (first, last) = (curve[0], curve[curve.len() - 1]);
-    println!("{name} on {ranks} ranks: loss {first:.4} -> {last:.4} in {} steps", curve.len());
+    println!(
+        "{name} on {ranks} ranks: loss {first:.4} -> {last:.4} in {} steps",
+        curve.len()
+    );
     assert!(last < first / 2.0, "the loss must fall");
     Ok(())
 }

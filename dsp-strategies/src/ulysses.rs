@@ -30,7 +30,7 @@ use dsp_core::attention::{
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
 use dsp_core::cost::{self, Elements};
 use dsp_core::error::Tracking;
-use dsp_core::group::Request;
+use dsp_core::group::{Request, Step};
 use dsp_core::layout::AxisLayout;
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
@@ -262,6 +262,7 @@ impl Trade {
             tensor,
             before,
             after,
+            step: Step::First,
         })
     }
 }

@@ -17,7 +17,7 @@ use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
 use dsp_core::collective::relayout;
 use dsp_core::cost::{self, Elements};
 use dsp_core::error::Tracking;
-use dsp_core::group::Request;
+use dsp_core::group::{Request, Step};
 use dsp_core::layout::{MeshAxis, Value};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
@@ -317,6 +317,7 @@ impl Hops {
             tensor: x,
             before: held(step),
             after: held(step + 1),
+            step: Step::First,
         })
     }
 }

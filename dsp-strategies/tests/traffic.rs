@@ -234,3 +234,83 @@ fn parameters(case: &Case) -> usize {
         .map(|sub| 2 * HIDDEN + if *sub == Sub::Mlp { mlp } else { attention });
     case.lengths[0] * HIDDEN + layers.sum::<usize>()
 }
+
+/// What all ranks together send, each way, to move the split from one axis to another.
+fn moved(case: &Case, ranks: usize, from: usize, to: usize) -> u64 {
+    if from == to {
+        return 0;
+    }
+    let others: usize = (0..case.lengths.len())
+        .filter(|&axis| axis != from && axis != to)
+        .map(|axis| case.lengths[axis])
+        .product();
+    let [a, b] = [from, to].map(|axis| Partition::balanced(case.lengths[axis], ranks).counts());
+    let kept: usize = a.iter().zip(&b).map(|(a, b)| a * b).sum();
+    let all = case.lengths[from] * case.lengths[to];
+    2 * (case.batch * HIDDEN * others * (all - kept)) as u64
+}
+
+/// Holds DSP's plan to the best of all choices of a split axis for each sub-layer.
+fn check_cheapest(case: &Case, ranks: usize) -> Result<(), TestCaseError> {
+    let Ok(plan) = Dsp.plan(&case.shape(), ranks) else {
+        return Ok(());
+    };
+    let planned: u64 = (0..ranks)
+        .map(|rank| plan.sends(rank))
+        .map(|sent| sent.forward + sent.backward)
+        .sum();
+    // Every choice of a split axis for each sub-layer, as digits of a number.
+    let (axes, depth) = (case.lengths.len(), case.subs.len());
+    let choices = (0..axes.pow(depth as u32)).map(|number| -> Vec<usize> {
+        (0..depth)
+            .map(|sub| number / axes.pow(sub as u32) % axes)
+            .collect()
+    });
+    let least = choices
+        .filter(|choice| {
+            choice.iter().zip(&case.subs).all(|(axis, sub)| match sub {
+                Sub::Attention(attended, _) => !attended.contains(axis),
+                Sub::Text | Sub::Mlp => true,
+            })
+        })
+        .map(|choice| {
+            let steps = choice
+                .windows(2)
+                .map(|pair| moved(case, ranks, pair[0], pair[1]));
+            let back = match case.output {
+                OutputLayout::AsInput => moved(case, ranks, choice[depth - 1], choice[0]),
+                OutputLayout::Free => 0,
+            };
+            steps.sum::<u64>() + back
+        })
+        .min();
+    prop_assert_eq!(Some(planned), least);
+    Ok(())
+}
+
+proptest! {
+    #[test]
+    fn no_other_choice_of_splits_sends_less_than_dsps_plan(
+        case in (2usize..=3).prop_flat_map(common::cases),
+        ranks in 2usize..=5,
+    ) {
+        check_cheapest(&case, ranks)?;
+    }
+}
+
+#[test]
+fn dsp_counts_the_way_back_to_the_inputs_layout_when_it_chooses_the_first_split() {
+    // Over three ranks the shortest axis is the cheapest to leave (8 positions, against 10 for the second),
+    // but then the output must come back to it (8 more): starting with the second axis split sends less.
+    let case = Case {
+        batch: 1,
+        lengths: vec![4, 4, 1],
+        heads: (1, 1),
+        subs: vec![attend(&[0]), attend(&[1, 2]), attend(&[0, 2])],
+        output: OutputLayout::AsInput,
+        checkpointing: Checkpointing::Off,
+    };
+    check_cheapest(&case, 3).unwrap();
+    let plan = Dsp.plan(&case.shape(), 3).unwrap();
+    assert!(plan.input.is_split(SeqAxis::SECOND));
+}

@@ -1,6 +1,6 @@
 //! `dsp verify`: runs serial and every applicable strategy on a reference file and compares every tensor.
 //!
-//! A kind of file ([`KINDS`]) knows how to turn it into [`Case`]s; a case runs under any strategy on any
+//! A kind of file knows how to turn it into [`Case`]s; a case runs under any strategy on any
 //! number of ranks and returns its tensors by the file's names. Whatever tensor of the file is no input must
 //! come back, and is compared; a gradient of a parameter after the sum over the ranks.
 

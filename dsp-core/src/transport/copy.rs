@@ -91,7 +91,9 @@ mod flex {
             };
             for transfer in &source.transfers {
                 if written.overlaps(transfer) {
-                    place(&mut block, shape, &tensor, transfer, |old, new| *old = *old + new);
+                    place(&mut block, shape, &tensor, transfer, |old, new| {
+                        *old = *old + new
+                    });
                 } else {
                     place(&mut block, shape, &tensor, transfer, |old, new| *old = new);
                 }

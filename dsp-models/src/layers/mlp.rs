@@ -6,9 +6,10 @@ use std::f64::consts::{FRAC_2_SQRT_PI, SQRT_2};
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
+use dsp_core::linear::{project, project_without_bias};
 use dsp_core::vjp::attach1;
 
-use super::linear::{linear, project, project_without_bias};
+use super::linear::linear;
 use crate::random::Draws;
 
 /// `fc2(gelu(fc1(x)))`, with the tanh form of GELU.

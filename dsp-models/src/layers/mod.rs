@@ -12,7 +12,7 @@ mod norm;
 mod rotary;
 mod sincos;
 
-pub use linear::{affine, linear, project, project_without_bias};
+pub use linear::linear;
 pub(crate) use linear::{bias, buffer};
 pub use mlp::{Mlp, gelu_tanh};
 pub use norm::{RmsNorm, layer_norm, unit_rms};

@@ -11,10 +11,9 @@ use std::convert::Infallible;
 use std::ops::Range;
 
 use burn::tensor::{Tensor, TensorData};
+use dsp_core::linear::times;
 use dsp_core::shape::reshape;
 use dsp_core::vjp::attach1;
-
-use super::linear::times;
 
 /// The angles of a rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
+use dsp_core::linear::{project, project_without_bias};
 use dsp_core::shape::reshape;
 use dsp_core::strategy::StageRun;
 use dsp_core::{Heads, Shard, attention};
 
 use super::config::{BlockConfig, TIME};
 use crate::error::ModelError;
-use crate::layers::{RmsNorm, Rotary, bias, linear, narrow, project, project_without_bias};
+use crate::layers::{RmsNorm, Rotary, bias, linear, narrow};
 use crate::random::Draws;
 
 /// The epsilon of the norms of queries and keys.

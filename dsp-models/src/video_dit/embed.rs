@@ -6,8 +6,9 @@ use burn::nn::Linear;
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::layers::{Mlp, affine, buffer, linear, project, timestep_features};
+use crate::layers::{Mlp, buffer, linear, timestep_features};
 use crate::random::Draws;
+use dsp_core::linear::{affine, project};
 
 /// The number of features of a timestep or a frame rate.
 const FEATURES: usize = 256;

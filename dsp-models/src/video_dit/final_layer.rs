@@ -8,8 +8,9 @@ use dsp_core::Shard;
 use super::block::{NORM_EPSILON, modulation_table};
 use super::modulation::{ByFrame, modulate};
 use crate::error::ModelError;
-use crate::layers::{layer_norm, linear, project};
+use crate::layers::{layer_norm, linear};
 use crate::random::Draws;
+use dsp_core::linear::project;
 
 /// The last layer of PixArt-α and its descendants.
 #[derive(Module, Debug)]

@@ -15,8 +15,9 @@ use super::final_layer::FinalLayer;
 use super::modulation::{ByFrame, FrameMask};
 use super::patch::{PatchOrder, patchify, unpatchify};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{linear, narrow, project, sin_cos_2d};
+use crate::layers::{linear, narrow, sin_cos_2d};
 use crate::random::{Draws, Purpose};
+use dsp_core::linear::project;
 
 /// STDiT-3 (Open-Sora 1.2; Zheng et al., arXiv:2412.20404).
 #[derive(Module, Debug)]

@@ -1,0 +1,176 @@
+//! Linear layers on blocks that may be empty.
+//!
+//! Burn's own product of a batch and a matrix reads past the end of an empty batch on the CPU (0.22.1), and a
+//! rank may hold an empty block. Here all positions are rows of one matrix, and where there are none, none is
+//! multiplied: the rank builds the graph that the others build.
+
+use std::convert::Infallible;
+
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::tensor::Tensor;
+
+use crate::shape::reshape;
+use crate::vjp::attach3;
+
+/// `x·W + b`.
+///
+/// # Shapes
+/// - `x`: `[…, in]`; returns `[…, out]`
+pub fn project<const D: usize>(x: Tensor<D>, layer: &Linear) -> Tensor<D> {
+    affine(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
+}
+
+/// `x·W` without the bias, which [`StageRun::leave`](crate::strategy::StageRun::leave) adds once, after any reduction.
+///
+/// # Shapes
+/// - `x`: `[…, in]`; returns `[…, out]`
+pub fn project_without_bias<const D: usize>(x: Tensor<D>, layer: &Linear) -> Tensor<D> {
+    affine(x, layer.weight.val(), None)
+}
+
+/// `x·W + b` for a weight and a bias.
+///
+/// # Shapes
+/// - `x`: `[…, in]`, any of whose dims may be 0; `weight`: `[in, out]`; `bias`: `[out]`
+/// - returns: `[…, out]`
+///
+/// # Gradient
+/// `dx = g·Wᵀ`, `dW = xᵀ·g` and `db` the sum of `g`, over all positions; zeros where there are none.
+pub fn affine<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    let (x_dims, weight_dims) = (x.dims(), weight.dims());
+    let (device, dtype) = (x.device(), x.dtype());
+    let rows = rows_of(&x_dims);
+    let (inner_x, inner_w) = (x.clone().inner(), weight.clone().inner());
+    let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
+
+    let mut y = times(inner_x.clone(), inner_w.clone());
+    if let Some(bias) = &bias {
+        y = y + bias.clone().inner().unsqueeze();
+    }
+    let has_bias = bias.is_some();
+    let bias = match bias {
+        Some(bias) => bias.unsqueeze(),
+        None => Tensor::zeros([1; D], (&device, dtype)),
+    };
+    let bias_dims = bias.dims();
+    let weight: Tensor<D> = weight.unsqueeze();
+    let unsqueezed = weight.dims();
+    attach3([x, weight, bias], y, move |gradient: Tensor<D>| {
+        let options = (&gradient.device(), dtype);
+        let dx = match x_tracked {
+            true => times(gradient.clone(), inner_w.clone().transpose()),
+            false => Tensor::zeros(x_dims, options),
+        };
+        if rows == 0 {
+            let [dw, db] = [unsqueezed, bias_dims].map(|dims| Tensor::zeros(dims, options));
+            return Ok::<_, Infallible>([dx, dw, db]);
+        }
+        let gradient: Tensor<2> = gradient.reshape([rows, weight_dims[1]]);
+        let db = match has_bias {
+            true => gradient.clone().sum_dim(0).reshape(bias_dims),
+            false => Tensor::zeros(bias_dims, options),
+        };
+        let dw = match weight_tracked {
+            true => {
+                let x: Tensor<2> = inner_x.clone().reshape([rows, weight_dims[0]]);
+                x.transpose().matmul(gradient).reshape(unsqueezed)
+            }
+            false => Tensor::zeros(unsqueezed, options),
+        };
+        Ok([dx, dw, db])
+    })
+}
+
+/// `x·M` over the last dim, of untracked tensors.
+///
+/// # Shapes
+/// - `x`: `[…, in]`, any of whose dims may be 0; `matrix`: `[in, out]`
+/// - returns: `[…, out]`
+///
+/// # Panics
+/// If the widths differ.
+pub fn times<const D: usize>(x: Tensor<D>, matrix: Tensor<2>) -> Tensor<D> {
+    let mut dims = x.dims();
+    let (rows, [inputs, outputs]) = (rows_of(&dims), matrix.dims());
+    assert_eq!(dims[D - 1], inputs, "a linear layer's input has its width");
+    dims[D - 1] = outputs;
+    if rows == 0 {
+        return Tensor::zeros(dims, (&x.device(), x.dtype()));
+    }
+    let product = reshape(x, [rows, inputs]).matmul(matrix);
+    reshape(product, dims)
+}
+
+fn rows_of(dims: &[usize]) -> usize {
+    dims.iter().rev().skip(1).product()
+}
+
+#[cfg(test)]
+#[cfg(feature = "flex")]
+mod tests {
+    use burn::tensor::{DType, Device, TensorData};
+
+    use super::*;
+
+    fn drawn<const D: usize>(shape: [usize; D], number: u64, device: &Device) -> Tensor<D> {
+        let count: usize = shape.iter().product();
+        let values: Vec<f64> = (0..count)
+            .map(|i| (1.7 * i as f64 + number as f64).sin())
+            .collect();
+        Tensor::from_data(TensorData::new(values, shape), (device, DType::F64))
+    }
+
+    fn close<const D: usize>(found: &Tensor<D>, expected: &Tensor<D>) {
+        assert_eq!(found.dims(), expected.dims());
+        let (found, expected) = (found.to_data(), expected.to_data());
+        for (found, expected) in found.iter::<f64>().zip(expected.iter::<f64>()) {
+            assert!(
+                (found - expected).abs() < 1e-12,
+                "{found} instead of {expected}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_product_and_its_gradients_are_burns() {
+        let device = Device::flex().autodiff();
+        let x = drawn([2, 3, 4], 0, &device).require_grad();
+        let weight = drawn([4, 5], 1, &device).require_grad();
+        let bias = drawn([5], 2, &device).require_grad();
+        let cotangent = drawn([2, 3, 5], 3, &device);
+        for with_bias in [true, false] {
+            let given = || with_bias.then(|| bias.clone());
+            let ours = affine(x.clone(), weight.clone(), given());
+            let burns = burn::tensor::module::linear(x.clone(), weight.clone(), given());
+            close(&ours.clone().inner(), &burns.clone().inner());
+            let [ours, burns] = [ours, burns].map(|y| (y * cotangent.clone()).sum().backward());
+            close(&x.grad(&ours).unwrap(), &x.grad(&burns).unwrap());
+            close(&weight.grad(&ours).unwrap(), &weight.grad(&burns).unwrap());
+            if with_bias {
+                close(&bias.grad(&ours).unwrap(), &bias.grad(&burns).unwrap());
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_without_a_position_has_an_output_without_one_and_gradients_of_0() {
+        let device = Device::flex().autodiff();
+        let x = drawn([2, 0, 3, 1, 4], 0, &device).require_grad();
+        let weight = drawn([4, 5], 1, &device).require_grad();
+        let bias = drawn([5], 2, &device).require_grad();
+        let y = affine(x.clone(), weight.clone(), Some(bias.clone()));
+        assert_eq!(y.dims(), [2, 0, 3, 1, 5]);
+        let gradients = y.sum().backward();
+        assert_eq!(x.grad(&gradients).unwrap().dims(), x.dims());
+        close(
+            &weight.grad(&gradients).unwrap(),
+            &weight.inner().zeros_like(),
+        );
+        close(&bias.grad(&gradients).unwrap(), &bias.inner().zeros_like());
+    }
+}
