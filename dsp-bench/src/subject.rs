@@ -191,7 +191,7 @@ impl Subject {
         let error = output.tensor().clone() - target.into_tensor();
         // This rank's squared errors over the global count.
         let count = self.video().iter().product::<usize>();
-        let loss = (error.clone() * error).sum().div_scalar(count as f64);
+        let loss = (error.clone() * error).sum().mul_scalar(1.0 / count as f64);
         Ok(Run {
             video,
             output,

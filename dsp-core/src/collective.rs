@@ -78,6 +78,7 @@ fn exchange_as<const D: usize>(
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
     let (dims, received) = (x.dims(), after.local_shape(group.rank()));
+    let asked = group.next_sequence();
     let y = group.exchange(Request {
         collective: forward,
         phase: Phase::Forward,
@@ -86,6 +87,7 @@ fn exchange_as<const D: usize>(
         before: before.clone(),
         after: after.clone(),
         step: steps.0,
+        answers: None,
     })?;
     let group = group.clone();
     Ok(vjp::attach1(x, reshape(y, shape), move |gradient| {
@@ -97,6 +99,7 @@ fn exchange_as<const D: usize>(
             before: after.clone(),
             after: before.clone(),
             step: steps.1,
+            answers: Some(asked),
         })?;
         Ok::<_, CommError>(reshape(gradient, dims))
     }))
@@ -338,6 +341,7 @@ pub fn all_reduce_in<const D: usize>(
             before: before.clone(),
             after: after.clone(),
             step,
+            answers: None,
         })?;
     }
     Ok(reshape(tensor, dims))
@@ -378,6 +382,7 @@ pub fn broadcast<const D: usize>(
     let after = Arc::new(whole.clone());
     let before = Arc::new(whole.with_dim(1, DimBlocks::from_ranges(count, held)));
     let tracking = tracking(&x);
+    let asked = group.next_sequence();
     let tensor = reshape(x.clone().inner(), [1, count, 1, 1, 1]);
     let tensor = if rank == root {
         tensor
@@ -392,6 +397,7 @@ pub fn broadcast<const D: usize>(
         before: before.clone(),
         after: after.clone(),
         step: Step::First,
+        answers: None,
     })?;
     let group = group.clone();
     Ok(vjp::attach1(x, reshape(y, dims), move |gradient| {
@@ -404,6 +410,7 @@ pub fn broadcast<const D: usize>(
             before: after.clone(),
             after: before.clone(),
             step: Step::First,
+            answers: Some(asked),
         })?;
         Ok::<_, CommError>(if rank == root {
             reshape(sum, dims)

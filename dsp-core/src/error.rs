@@ -23,6 +23,8 @@ pub struct Call {
     pub shape: [usize; DIMS],
     /// Whether a backward pass will answer it.
     pub tracking: Tracking,
+    /// In a backward pass: the sequence number of the forward exchange that it answers.
+    pub answers: Option<u64>,
 }
 
 /// Whether a tensor takes part in automatic differentiation.
@@ -42,15 +44,14 @@ impl std::fmt::Display for Call {
             dtype,
             shape,
             tracking,
+            answers,
         } = self;
-        let tracking = match tracking {
-            Tracking::Tracked => "tracked",
-            Tracking::Untracked => "untracked",
-        };
-        write!(
-            f,
-            "{collective} #{sequence} of {shape:?} {dtype:?} ({tracking})"
-        )
+        write!(f, "{collective} #{sequence} of {shape:?} {dtype:?}")?;
+        match (answers, tracking) {
+            (Some(forward), _) => write!(f, " (the backward of #{forward})"),
+            (None, Tracking::Tracked) => write!(f, " (tracked)"),
+            (None, Tracking::Untracked) => write!(f, " (untracked)"),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The reduction of gradients after a backward pass: replicated parameters' are summed over the ranks, sharded
 //! ones' are whole already.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
@@ -10,9 +10,9 @@ use burn::tensor::{Gradients, Tensor};
 use crate::collective::all_reduce_in;
 use crate::error::CommError;
 use crate::group::Group;
-use crate::layout::Exactly;
 use crate::ledger::Phase;
 use crate::place::Placed;
+use crate::shape::reshape;
 use crate::strategy::Placement;
 
 /// The module's gradients, those of replicated parameters summed over the group.
@@ -34,6 +34,7 @@ pub fn reduce<M: Module>(
     let mut bucket = Collect {
         gradients: &mut own,
         is_replicated: |id| *placed.placement(id) == Placement::Replicated,
+        seen: HashSet::new(),
         flat: Vec::new(),
     };
     placed.module.visit(&mut bucket);
@@ -62,18 +63,20 @@ pub fn reduce<M: Module>(
 pub fn replicated_parameters<M: Module>(placed: &Placed<M>) -> usize {
     struct Count<'a, M> {
         placed: &'a Placed<M>,
+        seen: HashSet<ParamId>,
         elements: usize,
     }
     impl<M> ModuleVisitor for Count<'_, M> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if param.is_require_grad() && *self.placed.placement(param.id) == Placement::Replicated
-            {
+            let is_replicated = *self.placed.placement(param.id) == Placement::Replicated;
+            if self.seen.insert(param.id) && is_replicated && param.is_require_grad() {
                 self.elements += param.shape().num_elements();
             }
         }
     }
     let mut count = Count {
         placed,
+        seen: HashSet::new(),
         elements: 0,
     };
     placed.module.visit(&mut count);
@@ -83,17 +86,20 @@ pub fn replicated_parameters<M: Module>(placed: &Placed<M>) -> usize {
 struct Collect<'a, F> {
     gradients: &'a mut GradientsParams,
     is_replicated: F,
+    seen: HashSet<ParamId>,
     flat: Vec<(ParamId, Tensor<1>)>,
 }
 
 impl<F: Fn(ParamId) -> bool> ModuleVisitor for Collect<'_, F> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_require_grad() || !(self.is_replicated)(param.id) {
+        // A parameter that the module holds in two places has one gradient.
+        let is_new = self.seen.insert(param.id);
+        if !is_new || !param.is_require_grad() || !(self.is_replicated)(param.id) {
             return;
         }
         let count = param.shape().num_elements();
         let gradient = match self.gradients.remove::<D>(param.id) {
-            Some(gradient) => gradient.reshape(Exactly([count])),
+            Some(gradient) => reshape(gradient, [count]),
             None => {
                 let value = param.val().inner();
                 Tensor::zeros([count], (&value.device(), value.dtype()))
@@ -113,7 +119,7 @@ impl ModuleVisitor for Register<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(&(start, length)) = self.spans.get(&param.id) {
             let sum = self.sums.clone().narrow(0, start, length);
-            let gradient = sum.reshape(Exactly(param.shape().dims::<D>()));
+            let gradient = reshape(sum, param.shape().dims::<D>());
             self.gradients.register(param.id, gradient);
         }
     }

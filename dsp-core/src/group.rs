@@ -83,6 +83,11 @@ impl Group {
         self.transport.abort(cause);
     }
 
+    /// The sequence number that this group's next exchange will have.
+    pub fn next_sequence(&self) -> u64 {
+        self.transport.next_sequence()
+    }
+
     /// Starts an exchange of untracked tensors; [`InFlight::wait`] ends it.
     ///
     /// `before` says who holds what of the global tensor now and `after` who shall hold what; terms from
@@ -99,6 +104,7 @@ impl Group {
             before,
             after,
             step,
+            answers,
         } = request;
         let rank = self.rank();
         let sent = (0..self.size())
@@ -116,6 +122,7 @@ impl Group {
         let pending = self.transport.start(Exchange {
             collective,
             tracking,
+            answers,
             tensor,
             before,
             after,
@@ -155,6 +162,9 @@ pub struct Request {
     pub after: Arc<Blocks>,
     /// Which of the collective's exchanges it is.
     pub step: Step,
+    /// In a backward pass: [`Group::next_sequence`] before the forward exchange that it answers. Two ranks
+    /// that walk their graphs back in different orders are found by it, even where the exchanges look alike.
+    pub answers: Option<u64>,
 }
 
 /// Which exchange of a collective: most have one, an all-reduce has two.

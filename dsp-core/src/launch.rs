@@ -207,10 +207,10 @@ fn collect<T>(
     let mut values: Vec<Option<T>> = (0..ranks).map(|_| None).collect();
     let mut running = vec![true; ranks];
     let mut source = None;
-    let mut first_end: Option<Instant> = None;
+    let mut last_end: Option<Instant> = None;
     loop {
         // Nobody is hurried while all run; once one has ended, the others have a time-out's grace.
-        let next = match first_end {
+        let next = match last_end {
             None => endings.recv().ok(),
             Some(start) => endings
                 .recv_timeout(timeout.saturating_sub(start.elapsed()))
@@ -219,7 +219,10 @@ fn collect<T>(
         let Some((rank, ending)) = next else {
             break;
         };
-        first_end = Some(Instant::now());
+        // After a failure the others only wake up and return; else each ending begins a new grace.
+        if last_end.is_none() || world.fate().is_none() {
+            last_end = Some(Instant::now());
+        }
         running[rank] = false;
         match ending {
             Ok(value) => values[rank] = Some(value),
@@ -227,7 +230,7 @@ fn collect<T>(
         }
     }
     let stuck: Vec<usize> = (0..ranks).filter(|&rank| running[rank]).collect();
-    if let (Some(&rank), Some(start)) = (stuck.first(), first_end) {
+    if let (Some(&rank), Some(start)) = (stuck.first(), last_end) {
         world.fail(CommError::Stuck {
             rank,
             last: world.last_call(rank),

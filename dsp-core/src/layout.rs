@@ -20,7 +20,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::ops::Range;
 
-use burn::tensor::{ReshapeArgs, Shape, Tensor};
+use burn::tensor::Tensor;
 
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::partition::Partition;
@@ -549,23 +549,6 @@ impl Shard {
     pub fn with_value(mut self, value: Value) -> Self {
         self.layout.value = value;
         self
-    }
-}
-
-/// A shape for [`Tensor::reshape`] that means what it says: in a plain array of Burn's a 0 stands for "as it was",
-/// where an empty block needs it to be 0.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exactly<const D: usize>(pub [usize; D]);
-
-impl<const D: usize> ReshapeArgs<D> for Exactly<D> {
-    fn into_shape<const S: usize>(self, source: Shape) -> Shape {
-        let shape = Shape::from(self.0);
-        assert_eq!(
-            shape.num_elements(),
-            source.num_elements(),
-            "a reshape from {source} to {shape} keeps the number of elements"
-        );
-        shape
     }
 }
 

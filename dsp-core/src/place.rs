@@ -9,9 +9,8 @@ use std::collections::HashMap;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Device, GradientCheckpointingStrategy, Tensor};
 
-use crate::group::Group;
 use crate::layout::select_ranges;
-use crate::strategy::{Placement, Role, SequenceParallel};
+use crate::strategy::Placement;
 
 /// A module whose parameters are this rank's.
 #[derive(Debug, Clone)]
@@ -28,19 +27,16 @@ impl<M> Placed<M> {
     }
 }
 
-/// See [`crate::strategy::Session::place`].
+/// A module cut by the placement that `placement` gives for each parameter's path and shape. See
+/// [`crate::strategy::Session::place`].
 pub fn place<M: Module>(
     module: &M,
-    roles: impl Fn(&str) -> Role,
-    strategy: &dyn SequenceParallel,
-    group: &Group,
+    placement: impl Fn(&str, &[usize]) -> Placement,
     device: &Device,
 ) -> Placed<M> {
     let mut cutter = Cutter {
         path: Vec::new(),
-        roles,
-        strategy,
-        group,
+        placement,
         sharded: HashMap::new(),
     };
     // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
@@ -65,15 +61,13 @@ impl ModuleMapper for Checkpointing {
     }
 }
 
-struct Cutter<'a, R> {
+struct Cutter<F> {
     path: Vec<String>,
-    roles: R,
-    strategy: &'a dyn SequenceParallel,
-    group: &'a Group,
+    placement: F,
     sharded: HashMap<ParamId, Placement>,
 }
 
-impl<R: Fn(&str) -> Role> ModuleMapper for Cutter<'_, R> {
+impl<F: Fn(&str, &[usize]) -> Placement> ModuleMapper for Cutter<F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -83,11 +77,8 @@ impl<R: Fn(&str) -> Role> ModuleMapper for Cutter<'_, R> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let role = (self.roles)(&self.path.join("."));
         let shape = param.lazy_shape();
-        let placement =
-            self.strategy
-                .placement(role, shape.as_slice(), self.group.rank(), self.group.size());
+        let placement = (self.placement)(&self.path.join("."), shape.as_slice());
         let Placement::Sharded { dim, ranges } = &placement else {
             return param;
         };

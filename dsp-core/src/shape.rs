@@ -1,13 +1,9 @@
 //! Reshaping that takes empty blocks.
 //!
-//! In Burn's reshape a 0 stands for the dim that was there, so a shape with an empty dim cannot be named. A
-//! rank with an empty block must all the same build the graph that the others build.
+//! In a plain array that is passed to Burn's reshape a 0 stands for the dim that was there, so a shape with an
+//! empty dim cannot be named. A rank with an empty block must all the same build the graph that the others do.
 
-use std::convert::Infallible;
-
-use burn::tensor::Tensor;
-
-use crate::vjp;
+use burn::tensor::{ReshapeArgs, Shape, Tensor};
 
 /// `x` in another shape, whose lengths may be 0.
 ///
@@ -17,25 +13,27 @@ use crate::vjp;
 /// # Panics
 /// If the shapes have different numbers of elements.
 pub fn reshape<const A: usize, const B: usize>(x: Tensor<A>, shape: [usize; B]) -> Tensor<B> {
-    let dims = x.dims();
-    if !shape.contains(&0) {
-        return x.reshape(shape);
+    x.reshape(Exactly(shape))
+}
+
+/// A shape that means what it says.
+#[derive(Debug)]
+struct Exactly<const D: usize>([usize; D]);
+
+impl<const D: usize> ReshapeArgs<D> for Exactly<D> {
+    fn into_shape<const S: usize>(self, source: Shape) -> Shape {
+        let shape = Shape::from(self.0);
+        assert_eq!(
+            shape.num_elements(),
+            source.num_elements(),
+            "a reshape from {source} to {shape} keeps the number of elements"
+        );
+        shape
     }
-    assert!(
-        dims.contains(&0),
-        "a tensor of shape {dims:?} cannot be seen as {shape:?}"
-    );
-    let zeros = |of: [usize; B], x: &Tensor<A>| {
-        Tensor::<B>::zeros(of, (&x.device().without_autodiff(), x.dtype()))
-    };
-    let y = zeros(shape, &x);
-    vjp::attach1(x, y, move |gradient: Tensor<B>| {
-        let (device, dtype) = (gradient.device(), gradient.dtype());
-        Ok::<_, Infallible>(Tensor::zeros(dims, (&device, dtype)))
-    })
 }
 
 #[cfg(test)]
+#[cfg(feature = "flex")]
 mod tests {
     use burn::tensor::Device;
 
@@ -53,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "cannot be seen as")]
+    #[should_panic(expected = "keeps the number of elements")]
     fn a_tensor_with_elements_has_no_empty_shape() {
         let _ = reshape(Tensor::<1>::zeros([2], &Device::flex()), [0, 2]);
     }

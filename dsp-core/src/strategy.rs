@@ -342,6 +342,42 @@ pub enum Role {
     },
 }
 
+impl Role {
+    /// This role in the stage at a position of the model's list: only there may a mixture's strategy shard it.
+    pub fn in_stage(self, stage: usize) -> Part {
+        Part {
+            role: self,
+            stage: Some(stage),
+        }
+    }
+}
+
+/// What a parameter is for, and in which stage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// What it is for.
+    pub role: Role,
+    /// The position of its stage in [`ModelShape::stages`]; none if it belongs to no stage.
+    pub stage: Option<usize>,
+}
+
+impl From<Role> for Part {
+    fn from(role: Role) -> Self {
+        Self { role, stage: None }
+    }
+}
+
+/// A parameter, as [`SequenceParallel::placement`] is told of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Parameter<'a> {
+    /// What it is for.
+    pub role: Role,
+    /// Its whole shape.
+    pub shape: &'a [usize],
+    /// The plan of the stage that it belongs to.
+    pub stage: Option<&'a StagePlan>,
+}
+
 /// Which part of a parameter a rank holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Placement {
@@ -370,9 +406,9 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
     /// [`PlanError`] with the numbers and the rule if the strategy cannot run the model.
     fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError>;
 
-    /// Which part of a parameter of the given role and shape `rank` holds. By default all of it.
-    fn placement(&self, role: Role, shape: &[usize], rank: usize, ranks: usize) -> Placement {
-        let _ = (role, shape, rank, ranks);
+    /// Which part of a parameter `rank` holds. By default all of it.
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
+        let _ = (parameter, rank, ranks);
         Placement::Replicated
     }
 
@@ -544,14 +580,25 @@ impl Session {
     /// This rank's part of a module: replicated parameters are shared, sharded ones cut, and each becomes a
     /// leaf of this rank's own autodiff graph, which no other rank's touches.
     ///
-    /// `roles` gives the role of the parameter at a path such as `blocks.0.attn.qkv.weight`.
-    pub fn place<M: Module>(
+    /// `roles` gives the [`Role`] of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
+    /// [`Part`] with its stage.
+    pub fn place<M: Module, P: Into<Part>>(
         &self,
         module: &M,
-        roles: impl Fn(&str) -> Role,
+        roles: impl Fn(&str) -> P,
         device: &Device,
     ) -> Placed<M> {
-        place::place(module, roles, &*self.strategy, &self.group, device)
+        let placement = |path: &str, shape: &[usize]| {
+            let Part { role, stage } = roles(path).into();
+            let parameter = Parameter {
+                role,
+                shape,
+                stage: stage.and_then(|stage| self.plan.stages.get(stage)),
+            };
+            let (rank, ranks) = (self.group.rank(), self.group.size());
+            self.strategy.placement(&parameter, rank, ranks)
+        };
+        place::place(module, placement, device)
     }
 
     /// This rank's part of an input that every rank holds whole.

@@ -894,6 +894,7 @@ fn two_groups_of_the_same_ranks_do_not_mix_whatever_the_order_of_waiting() {
             ),
             after: Arc::new(Blocks::replicated([1, 2, 1, 1, 1], group.size())),
             step: Step::First,
+            answers: None,
         };
         let own = group.rank() as f64;
         let flights = [(&first, 10.0), (&second, 20.0), (&inner, 30.0)]
@@ -959,6 +960,7 @@ fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
             before: Arc::new(whole.clone().with_dim(1, DimBlocks::split(&partition))),
             after: Arc::new(whole),
             step: Step::First,
+            answers: None,
         })?;
         // Burn works in place where nobody shares the values; the posted handle shares them.
         let changed = kept

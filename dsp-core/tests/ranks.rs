@@ -119,6 +119,7 @@ fn all_reduce_call(sequence: u64) -> Call {
         dtype: DType::F32,
         shape: [1, 6, 1, 1, 1],
         tracking: Tracking::Tracked,
+        answers: None,
     }
 }
 
@@ -417,6 +418,37 @@ fn a_rank_whose_tensor_is_not_tracked_is_a_mismatch_before_its_backward_can_be_m
         };
         assert_ne!(call.tracking, other_call.tracking);
     }
+}
+
+/// Two exchanges that look alike, in branches whose depth, and so whose order in Burn's backward pass, differs by
+/// rank: without the number of the call that each answers, their gradients would be swapped silently.
+#[test]
+fn ranks_that_walk_their_branches_back_in_different_orders_are_a_mismatch_and_no_wrong_number() {
+    let root = odd_one_out(2, |group, odd| {
+        let partition = Partition::balanced(4, 2);
+        let x = input(group, &Device::flex().autodiff()).require_grad();
+        let deeper = |x: Tensor<2>| x.mul_scalar(2.0).mul_scalar(2.0).mul_scalar(0.25);
+        let (a, b) = if odd {
+            (deeper(x.clone()), x.clone())
+        } else {
+            (x.clone(), deeper(x.clone()))
+        };
+        let gather = |x: Tensor<2>| {
+            let row = x.reshape([1, -1]).narrow(1, 0, 2);
+            collective::all_gather(row, 1, &partition, group)
+        };
+        let (a, b) = (gather(a)?, gather(b)?);
+        let loss = (a * 3.0).sum() + b.sum();
+        loss.backward();
+        Ok(())
+    });
+    let CommError::Mismatch {
+        call, other_call, ..
+    } = root
+    else {
+        panic!("{root}")
+    };
+    assert_ne!(call.answers, other_call.answers);
 }
 
 #[test]

@@ -14,7 +14,8 @@ use dsp_core::gradients::replicated_parameters;
 use dsp_core::layout::LayoutError;
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Placement, Plan, Role, StageError, StageKind, StagePlan, add_bias,
+    AttentionStage, OutputLayout, Parameter, Placement, Plan, Role, StageError, StageKind,
+    StagePlan, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
@@ -46,7 +47,8 @@ impl SequenceParallel for Blocks {
         })
     }
 
-    fn placement(&self, role: Role, shape: &[usize], rank: usize, ranks: usize) -> Placement {
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
+        let Parameter { role, shape, .. } = *parameter;
         let Role::Columns { dim, units, .. } = role else {
             return Placement::Replicated;
         };

@@ -37,6 +37,7 @@ use dsp_core::strategy::{
     AttentionScope, AttentionStage, Plan, StageKind, StagePlan, check_softmax,
 };
 use dsp_core::{
+    AxisSet,
     CommError, Error, Group, Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel,
     Shard, vjp,
 };
@@ -100,22 +101,22 @@ impl SequenceParallel for Ulysses {
             return dsp_core::attention::attend_local(qkv, attention, scope.logsumexp);
         }
         let rank = qkv[0].rank();
+        let trade = Trade::new(attention, [&qkv[0], &qkv[1]], scope.scope.group);
         let inputs = qkv.map(Shard::into_tensor);
-        let trade = Trade::new(attention, layout.clone(), &inputs[0], scope.scope.group);
         let tracking = if inputs.iter().any(Tensor::is_tracked) {
             Tracking::Tracked
         } else {
             Tracking::Untracked
         };
-        let forth = |x: &Tensor<DIMS>, heads| -> Result<Tensor<4>, CommError> {
-            trade.to_heads(x.clone().inner(), heads, Phase::Forward, tracking)
+        let forth = |x: &Tensor<DIMS>, side: &Side| -> Result<Tensor<4>, CommError> {
+            trade.to_heads(x.clone().inner(), side, Phase::Forward, tracking)
         };
-        let q = forth(&inputs[0], Of::Queries)?;
-        let k = forth(&inputs[1], Of::KeysAndValues)?;
-        let v = forth(&inputs[2], Of::KeysAndValues)?;
+        let q = forth(&inputs[0], &trade.queries)?;
+        let k = forth(&inputs[1], &trade.keys)?;
+        let v = forth(&inputs[2], &trade.keys)?;
         let problem = trade.problem();
         let (out, lse) = forward(q.clone(), k.clone(), v.clone(), &problem);
-        let back = |x, tracking| trade.to_sequence(x, Of::Queries, Phase::Forward, tracking);
+        let back = |x, tracking| trade.to_sequence(x, &trade.queries, Phase::Forward, tracking);
         let output = back(out.clone(), tracking)?;
         let logsumexp = match scope.logsumexp {
             Logsumexp::Wanted => {
@@ -132,13 +133,13 @@ impl SequenceParallel for Ulysses {
         // rank, for Burn orders them by depth, and the depth of what comes before may depend on the shapes.
         let output = vjp::attach3(inputs, output, move |dout| {
             let (phase, untracked) = (Phase::Backward, Tracking::Untracked);
-            let dout = trade.to_heads(dout, Of::Queries, phase, untracked)?;
+            let dout = trade.to_heads(dout, &trade.queries, phase, untracked)?;
             let (q, k, v) = (q.clone(), k.clone(), v.clone());
             let (dq, dk, dv) = backward(q, k, v, out.clone(), lse.clone(), dout, &problem);
             Ok::<_, CommError>([
-                trade.to_sequence(dq, Of::Queries, phase, untracked)?,
-                trade.to_sequence(dk, Of::KeysAndValues, phase, untracked)?,
-                trade.to_sequence(dv, Of::KeysAndValues, phase, untracked)?,
+                trade.to_sequence(dq, &trade.queries, phase, untracked)?,
+                trade.to_sequence(dk, &trade.keys, phase, untracked)?,
+                trade.to_sequence(dv, &trade.keys, phase, untracked)?,
             ])
         });
         Ok(Attended {
@@ -148,104 +149,115 @@ impl SequenceParallel for Ulysses {
     }
 }
 
-/// Whose heads a tensor holds.
-#[derive(Debug, Clone, Copy)]
-enum Of {
-    Queries,
-    KeysAndValues,
+/// The queries, or the keys and values: how they are held before and after the exchange.
+struct Side {
+    /// All heads of a part of the sequence.
+    layout: Layout,
+    /// The attended axes whole.
+    gathered: Layout,
+    /// Which heads each rank then has.
+    shares: Vec<Vec<Range<usize>>>,
+    heads: usize,
+    fold: Fold,
+}
+
+impl Side {
+    fn new(x: &Shard, axes: AxisSet, heads: usize, shares: Vec<Vec<Range<usize>>>) -> Self {
+        let layout = x.layout().clone();
+        let gathered = axes.iter().fold(layout.clone(), Layout::with_whole);
+        let [batch, .., channels] = x.tensor().dims();
+        let [a, b, c] = gathered.local_lengths(x.rank());
+        Self {
+            layout,
+            gathered,
+            shares,
+            heads,
+            fold: Fold::new([batch, a, b, c, channels], axes),
+        }
+    }
+
+    /// Who holds what before and after, `unit` channels a head.
+    fn blocks(&self, batch: usize, unit: usize, ranks: usize) -> (Arc<Blocks>, Arc<Blocks>) {
+        let held = self.shares.iter().map(|ranges| {
+            let channels = ranges
+                .iter()
+                .map(|heads| heads.start * unit..heads.end * unit);
+            channels.collect()
+        });
+        let channels = self.heads * unit;
+        let held = DimBlocks::from_ranges(channels, held.collect());
+        let sequence = self.layout.blocks(batch, channels, ranks);
+        let gathered = self.gathered.blocks(batch, channels, ranks);
+        (Arc::new(sequence), Arc::new(gathered.with_dim(4, held)))
+    }
 }
 
 /// One attention's exchange of heads for sequence, either way.
 struct Trade {
     attention: AttentionStage,
-    /// All heads of a part of the sequence.
-    layout: Layout,
-    /// The attended axes whole.
-    gathered: Layout,
-    shares: HeadShares,
+    queries: Side,
+    keys: Side,
     batch: usize,
-    fold: Fold,
     group: Group,
+    /// The number of the first forward exchange.
+    asked: u64,
 }
 
 impl Trade {
-    fn new(attention: &AttentionStage, layout: Layout, x: &Tensor<DIMS>, group: &Group) -> Self {
-        let axes = attention.axes.iter();
-        let gathered = axes.fold(layout.clone(), Layout::with_whole);
-        let [batch, .., channels] = x.dims();
-        let [a, b, c] = gathered.local_lengths(group.rank());
+    fn new(attention: &AttentionStage, [query, key]: [&Shard; 2], group: &Group) -> Self {
+        let (heads, axes) = (attention.heads, attention.axes);
+        let shares = HeadShares::new(heads, group.size());
         Self {
             attention: attention.clone(),
-            layout,
-            gathered,
-            shares: HeadShares::new(attention.heads, group.size()),
-            batch,
-            fold: Fold::new([batch, a, b, c, channels], attention.axes),
+            queries: Side::new(query, axes, heads.query, shares.query),
+            keys: Side::new(key, axes, heads.key_value, shares.key_value),
+            batch: query.tensor().dims()[0],
             group: group.clone(),
+            asked: group.next_sequence(),
         }
     }
 
     /// This rank's attention: its query heads, over all positions.
     fn problem(&self) -> Problem {
         let rank = self.group.rank();
-        let positions = positions(&self.gathered, self.attention.axes, rank);
+        let all = |side: &Side| positions(&side.gathered, self.attention.axes, rank);
         Problem {
             heads: HeadRange {
-                query: self.shares.query[rank].first().cloned().unwrap_or(0..0),
+                query: self.queries.shares[rank].first().cloned().unwrap_or(0..0),
                 group: self.attention.heads.group(),
             },
-            mask: self.fold.mask(&self.attention.mask),
-            query_positions: positions.clone(),
-            key_positions: positions,
+            mask: self.queries.fold.mask(&self.attention.mask),
+            query_positions: all(&self.queries),
+            key_positions: all(&self.keys),
             scale: self.attention.scale,
         }
-    }
-
-    /// Who holds what before and after, `unit` channels a head.
-    fn blocks(&self, of: Of, unit: usize) -> (Arc<Blocks>, Arc<Blocks>) {
-        let heads = self.attention.heads;
-        let (heads, shares) = match of {
-            Of::Queries => (heads.query, &self.shares.query),
-            Of::KeysAndValues => (heads.key_value, &self.shares.key_value),
-        };
-        let ranks = self.group.size();
-        let held = shares.iter().map(|ranges| {
-            let channels = ranges
-                .iter()
-                .map(|heads| heads.start * unit..heads.end * unit);
-            channels.collect()
-        });
-        let held = DimBlocks::from_ranges(heads * unit, held.collect());
-        let sequence = self.layout.blocks(self.batch, heads * unit, ranks);
-        let gathered = self.gathered.blocks(self.batch, heads * unit, ranks);
-        (Arc::new(sequence), Arc::new(gathered.with_dim(4, held)))
     }
 
     /// All heads of this rank's positions to this rank's heads of all positions.
     fn to_heads(
         &self,
         x: Tensor<DIMS>,
-        of: Of,
+        side: &Side,
         phase: Phase,
         tracking: Tracking,
     ) -> Result<Tensor<4>, CommError> {
         let unit = self.attention.heads.dim;
-        let (before, after) = self.blocks(of, unit);
+        let (before, after) = side.blocks(self.batch, unit, self.group.size());
         let heads = after.dim(4).count(self.group.rank()) / unit;
         let x = self.exchange(x, (before, after), phase, tracking)?;
-        Ok(self.fold.fold(x, heads))
+        Ok(side.fold.fold(x, heads))
     }
 
     /// The way back. Where several ranks have the same head, the owner of a position gets their sum.
     fn to_sequence(
         &self,
         x: Tensor<4>,
-        of: Of,
+        side: &Side,
         phase: Phase,
         tracking: Tracking,
     ) -> Result<Tensor<DIMS>, CommError> {
-        let (after, before) = self.blocks(of, x.dims()[3]);
-        self.exchange(self.fold.unfold(x), (before, after), phase, tracking)
+        let (after, before) = side.blocks(self.batch, x.dims()[3], self.group.size());
+        self.exchange(side.fold.unfold(x), (before, after), phase, tracking)
     }
 
     fn exchange(
@@ -263,6 +275,7 @@ impl Trade {
             before,
             after,
             step: Step::First,
+            answers: (phase == Phase::Backward).then_some(self.asked),
         })
     }
 }

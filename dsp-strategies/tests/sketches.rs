@@ -21,8 +21,8 @@ use dsp_core::group::{Request, Step};
 use dsp_core::layout::{MeshAxis, Value};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
-    AttentionScope, OutputLayout, Placement, Plan, Role, Scope, StageKind, StagePlan, add_bias,
-    check_softmax,
+    AttentionScope, OutputLayout, Parameter, Placement, Plan, Role, Scope, StageKind, StagePlan,
+    add_bias, check_softmax,
 };
 use dsp_core::{
     CommError, Error, Group, Layout, Mask, ModelShape, Partition, PlanError, SeqAxis,
@@ -86,7 +86,8 @@ impl SequenceParallel for Megatron {
         })
     }
 
-    fn placement(&self, role: Role, shape: &[usize], rank: usize, ranks: usize) -> Placement {
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
+        let Parameter { role, shape, .. } = *parameter;
         let (dim, fused, units) = match role {
             Role::Columns { dim, fused, units } => (dim, fused, units),
             Role::Rows { dim, units } => (dim, 1, units),
@@ -182,6 +183,7 @@ impl SequenceParallel for Ring {
         let tracked = inputs.iter().any(Tensor::is_tracked);
         let ring = Hops {
             group: scope.scope.group.clone(),
+            asked: scope.scope.group.next_sequence(),
             layout: layout.clone(),
             tracking: if tracked {
                 Tracking::Tracked
@@ -286,6 +288,8 @@ impl SequenceParallel for Ring {
 
 struct Hops {
     group: Group,
+    /// The number of the ring's first exchange.
+    asked: u64,
     layout: Layout,
     tracking: Tracking,
 }
@@ -318,6 +322,7 @@ impl Hops {
             before: held(step),
             after: held(step + 1),
             step: Step::First,
+            answers: (phase == Phase::Backward).then_some(self.asked),
         })
     }
 }
@@ -476,11 +481,19 @@ fn megatrons_ranks_hold_their_part_of_the_heads_and_of_a_fused_projection() {
         units: 4,
     };
     let part = 4 * HEAD;
-    let held = Megatron.placement(role, &[3, 3 * part], 1, 2);
+    let place = |role, shape: &[usize], rank| {
+        let parameter = Parameter {
+            role,
+            shape,
+            stage: None,
+        };
+        Megatron.placement(&parameter, rank, 2)
+    };
+    let held = place(role, &[3, 3 * part], 1);
     let half = part / 2;
     let ranges = vec![half..part, part + half..2 * part, 2 * part + half..3 * part];
     assert_eq!(held, Placement::Sharded { dim: 1, ranges });
-    let rows = Megatron.placement(Role::Rows { dim: 0, units: 4 }, &[part, 3], 0, 2);
+    let rows = place(Role::Rows { dim: 0, units: 4 }, &[part, 3], 0);
     assert_eq!(
         rows,
         Placement::Sharded {
@@ -488,8 +501,5 @@ fn megatrons_ranks_hold_their_part_of_the_heads_and_of_a_fused_projection() {
             ranges: std::iter::once(0..half).collect()
         }
     );
-    assert_eq!(
-        Megatron.placement(Role::Replicated, &[3], 0, 2),
-        Placement::Replicated
-    );
+    assert_eq!(place(Role::Replicated, &[3], 0), Placement::Replicated);
 }

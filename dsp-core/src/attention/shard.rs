@@ -8,7 +8,8 @@ use burn::tensor::Tensor;
 use super::{HeadRange, Mask, Problem, softmax_attention};
 use crate::blocks::DIMS;
 use crate::error::Error;
-use crate::layout::{AxisSet, Exactly, Layout, SeqAxis, Shard};
+use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
+use crate::shape::reshape;
 use crate::strategy::AttentionStage;
 
 /// The heads of an attention.
@@ -176,7 +177,7 @@ pub fn attend_held(
         problem,
     );
     let [samples, rows, heads] = lse.dims();
-    let lse = fold.unfold(lse.reshape(Exactly([samples, rows, heads, 1])));
+    let lse = fold.unfold(reshape(lse, [samples, rows, heads, 1]));
     Ok((fold.unfold(output), lse))
 }
 
@@ -234,12 +235,12 @@ pub fn cross_attention(
         key_positions: nonempty(0..length),
         scale: (heads.dim as f64).powf(-0.5),
     };
-    let key = key.reshape(Exactly([batch, length, keys, heads.dim]));
-    let value = value.reshape(Exactly([batch, length, keys, heads.dim]));
+    let key = reshape(key, [batch, length, keys, heads.dim]);
+    let value = reshape(value, [batch, length, keys, heads.dim]);
     Ok(query.map(|query| {
-        let query = query.reshape(Exactly([batch, rows, queries, heads.dim]));
+        let query = reshape(query, [batch, rows, queries, heads.dim]);
         let (output, _) = softmax_attention(query, key, value, problem);
-        output.reshape(Exactly([batch, s1, s2, s3, channels]))
+        reshape(output, [batch, s1, s2, s3, channels])
     })?)
 }
 
@@ -286,8 +287,8 @@ impl Fold {
     pub fn fold(&self, x: Tensor<DIMS>, heads: usize) -> Tensor<4> {
         let channels = x.dims()[4];
         let dim = channels.checked_div(heads).unwrap_or(0);
-        x.permute(self.order.map(|dim| dim as isize))
-            .reshape(Exactly([self.samples, self.rows, heads, dim]))
+        let x = x.permute(self.order.map(|dim| dim as isize));
+        reshape(x, [self.samples, self.rows, heads, dim])
     }
 
     /// `[samples, rows, H, d]` back to `[B, s1, s2, s3, H·d]`.
@@ -299,7 +300,7 @@ impl Fold {
         for (place, &dim) in self.order.iter().enumerate() {
             back[dim] = place as isize;
         }
-        x.reshape(Exactly(shape)).permute(back)
+        reshape(x, shape).permute(back)
     }
 
     /// The mask with one length for each folded sample.

@@ -188,3 +188,51 @@ mod flex {
         strides
     }
 }
+
+#[cfg(test)]
+#[cfg(feature = "flex")]
+mod tests {
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::blocks::{Blocks, DimBlocks};
+    use crate::partition::Partition;
+
+    /// The way of other backends, which the tests of the collectives do not take on Flex.
+    #[test]
+    fn the_portable_way_lays_out_what_the_fast_one_does_also_where_it_must_add() {
+        let shape = [2, 5, 1, 4, 3];
+        let whole = Blocks::replicated(shape, 3);
+        let rows = whole
+            .clone()
+            .with_dim(1, DimBlocks::split(&Partition::zigzag(5, 3)));
+        let columns = whole
+            .clone()
+            .with_dim(3, DimBlocks::split(&Partition::balanced(4, 3)));
+        for (before, after) in [(&rows, &columns), (&rows, &whole), (&whole, &columns)] {
+            for rank in 0..3 {
+                let sources = || -> Vec<Source> {
+                    let source = |peer: usize| {
+                        let [b, t, s, u, c] = before.local_shape(peer);
+                        let count = b * t * s * u * c;
+                        let values: Vec<f32> =
+                            (0..count).map(|i| (100 * peer + i) as f32).collect();
+                        // Strided, as a tensor that was permuted before it is sent.
+                        let data = TensorData::new(values, [c, b, t, s, u]);
+                        Source {
+                            tensor: Tensor::<DIMS>::from_data(data, &Device::flex())
+                                .permute([1, 2, 3, 4, 0]),
+                            transfers: before.transfers(after, peer, rank),
+                        }
+                    };
+                    (0..3).map(source).collect()
+                };
+                let local = after.local_shape(rank);
+                let fast = flex::assemble::<f32>(local, sources());
+                portable(local, sources())
+                    .into_data()
+                    .assert_eq(&fast.into_data(), true);
+            }
+        }
+    }
+}

@@ -171,10 +171,15 @@ impl Transport for LocalTransport {
         self.id.members.len()
     }
 
+    fn next_sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Relaxed)
+    }
+
     fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError> {
         let Exchange {
             collective,
             tracking,
+            answers,
             tensor,
             before,
             after,
@@ -186,6 +191,7 @@ impl Transport for LocalTransport {
             dtype: tensor.dtype(),
             shape: before.shape(),
             tracking,
+            answers,
         };
         let post = Post {
             call: call.clone(),

@@ -25,6 +25,8 @@ pub struct Exchange {
     pub collective: Collective,
     /// Whether a backward pass will answer it; all ranks must agree.
     pub tracking: Tracking,
+    /// In a backward pass: the sequence number of the forward exchange that it answers; all ranks must agree.
+    pub answers: Option<u64>,
     /// This rank's block, outside of any autodiff graph.
     pub tensor: Tensor<DIMS>,
     /// Who holds what now.
@@ -61,6 +63,9 @@ pub trait Transport: fmt::Debug + Send + Sync {
 
     /// The number of ranks in the group.
     fn size(&self) -> usize;
+
+    /// The sequence number that the next exchange of this group will have.
+    fn next_sequence(&self) -> u64;
 
     /// Enters an exchange; returns at once.
     ///

@@ -17,8 +17,9 @@ use burn::tensor::{DType, Device, Tensor, TensorData, module};
 use dsp_core::attention::cross_attention;
 use dsp_core::cost::Elements;
 use dsp_core::gradients::replicated_parameters;
-use dsp_core::layout::{Exactly, select_ranges};
+use dsp_core::layout::select_ranges;
 use dsp_core::ledger::{Entry, Phase, Traffic};
+use dsp_core::shape::reshape;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Placement, Role, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Placed, PlanError, SeqAxis,
@@ -222,7 +223,7 @@ impl Model {
         let positions = x.positions(SeqAxis::FIRST);
         let table = select_ranges(self.table.val(), 0, &positions);
         let count = table.dims()[0];
-        let mut x = x.map(|x| x + table.reshape(Exactly([1, count, 1, 1, HIDDEN])))?;
+        let mut x = x.map(|x| x + reshape(table, [1, count, 1, 1, HIDDEN]))?;
         let mut stages = session.stages();
         for (layer, sub) in self.layers.iter().zip(&case.subs) {
             let stage = match sub {
@@ -264,13 +265,13 @@ fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1
     if rows * input * output > 0 {
         return module::linear(x, weight, bias);
     }
-    let y = x.reshape(Exactly([rows, input])).matmul(weight);
+    let y = reshape(x, [rows, input]).matmul(weight);
     dims[D - 1] = output;
-    match bias {
+    let y = match bias {
         Some(bias) => y + bias.unsqueeze(),
         None => y,
-    }
-    .reshape(Exactly(dims))
+    };
+    reshape(y, dims)
 }
 
 impl Layer {
