@@ -150,7 +150,7 @@ pub enum VerifyError {
         /// The ranks.
         ranks: usize,
         /// The cause.
-        source: LaunchError,
+        source: Box<LaunchError>,
     },
 }
 
@@ -235,7 +235,7 @@ pub fn verify(
                             case: case.name().to_owned(),
                             strategy: strategy.name(),
                             ranks,
-                            source,
+                            source: Box::new(source),
                         });
                     }
                 }
