@@ -1,5 +1,7 @@
 //! The main job, on a model small enough for a test.
 
+#![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
+
 use dsp_bench::compare::{Comparer, Meter};
 use dsp_bench::progress::Progress;
 use dsp_bench::record::{Comparison, Outcome};

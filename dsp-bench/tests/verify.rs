@@ -1,5 +1,7 @@
 //! `dsp verify` on the reference files of the repository, and on files that are wrong.
 
+#![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

@@ -11,7 +11,7 @@
 //! | [`partition`], [`layout`] | who holds which positions; [`Shard`], a local tensor that knows its layout |
 //! | [`blocks`] | what must move to get from one distribution of a tensor to another |
 //! | [`group`], [`transport`], [`launch()`] | ranks, sub-groups and meshes; what moves the data; threads as ranks |
-//! | [`collective`], [`reference`] | differentiable collectives; the same as plain functions over all blocks |
+//! | [`collective`], [`reference`](mod@reference) | differentiable collectives; the same as plain functions over all blocks |
 //! | [`vjp`] | a function with a gradient of our own |
 //! | [`shape`], [`mod@linear`] | reshaping and linear layers that take empty blocks |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
