@@ -96,10 +96,24 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("dsp: {error:#}");
+            eprintln!("dsp: {}", with_causes(&error));
             ExitCode::from(2)
         }
     }
+}
+
+/// An error and its causes, without those that its own message already says.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        if message.is_empty() {
+            message = text;
+        } else if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+    }
+    message
 }
 
 fn run_compare(args: CompareArgs) -> anyhow::Result<ExitCode> {

@@ -234,6 +234,11 @@ impl Reference {
         }
     }
 
+    /// Whether the file has a tensor of that name.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
     /// A tensor that is an input.
     ///
     /// # Errors

@@ -626,12 +626,4 @@ mod tests {
         assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
         assert_eq!(date(1_795_500_000), "2026-11-24 06:00 UTC");
     }
-
-    /// Not a check: writes the page to the file that DSP_REPORT_SAMPLE names, to be looked at.
-    #[test]
-    #[ignore = "writes a sample page to look at"]
-    fn a_sample_page_to_look_at() {
-        let path = std::env::var("DSP_REPORT_SAMPLE").unwrap();
-        std::fs::write(path, render(&everything(), Some("dsp-trace.json")).unwrap()).unwrap();
-    }
 }

@@ -144,11 +144,17 @@ fn each_strategy_alone() -> Result<()> {
     Ok(())
 }
 
-/// `dsp` does what it is for: reference files pass, and a small head-to-head runs to its end.
+/// `dsp` does what it is for: reference files pass, the example of the README trains under every strategy, and
+/// a small head-to-head runs to its end.
 fn main_job() -> Result<()> {
     let dsp = crate::build_dsp()?;
     let files = fixtures(Path::new(""))?;
     run(Command::new(&dsp).arg("verify").args(files))?;
+    let quickstart = dsp.with_file_name("examples").join("quickstart");
+    let packages = architecture::packages()?;
+    for strategy in Package::find(&packages, "dsp-strategies")?.strategies() {
+        run(Command::new(&quickstart).arg(strategy))?;
+    }
     run(Command::new(&dsp).args(["compare", "--scenario", "small"]))
 }
 

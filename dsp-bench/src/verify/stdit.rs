@@ -256,6 +256,7 @@ struct ModelCase {
     timesteps: Vec<f64>,
     fps: Vec<f64>,
     resolution: [f64; 2],
+    frame_mask: Option<FrameMask>,
 }
 
 pub(super) fn open_model(reference: &Reference) -> Result<Vec<Arc<dyn Case>>, ReferenceError> {
@@ -287,11 +288,16 @@ pub(super) fn open_model(reference: &Reference) -> Result<Vec<Arc<dyn Case>>, Re
     let out = [batch, config.out_channels(), frames, height, width];
     let text = [batch, 1, model_max_length, caption_channels];
     let (heights, widths) = (per_sample("height")?, per_sample("width")?);
-    let one = |stored: &Stored| stored.values.iter().all(|value| *value == stored.values[0]);
-    if batch == 0 || !one(&heights) || !one(&widths) {
-        return Err(reference.wrong_metadata(
-            "has samples of different heights or widths, which one run cannot have".to_owned(),
-        ));
+    let frame_mask = match reference.has("x_mask") {
+        true => {
+            let grid = config.grid([frames, height, width]);
+            let mask = reference.shaped("x_mask", &[batch, grid[0]])?;
+            Some(FrameMask::new(rows(mask)))
+        }
+        false => None,
+    };
+    if batch == 0 {
+        return Err(reference.wrong_metadata("has B = 0, no sample to run".to_owned()));
     }
     Ok(vec![Arc::new(ModelCase {
         templates,
@@ -303,7 +309,9 @@ pub(super) fn open_model(reference: &Reference) -> Result<Vec<Arc<dyn Case>>, Re
         keep: rows(reference.shaped("mask", &[batch, model_max_length])?),
         timesteps: per_sample("timestep")?.values,
         fps: per_sample("fps")?.values,
+        // As the original: the first sample's picture gives the positions' scale.
         resolution: [heights.values[0], widths.values[0]],
+        frame_mask,
         config,
     })])
 }
@@ -336,7 +344,7 @@ impl Case for ModelCase {
             fps: self.fps.clone(),
             resolution: self.resolution,
             text: Text::masked(y.clone(), &self.keep)?,
-            frame_mask: None,
+            frame_mask: self.frame_mask.clone(),
         };
         let output = placed.module.forward(x.clone(), &conditions, &session)?;
         let dout_whole: Tensor<5> = leaf(dout, five(dout), &device, dtype).detach();
