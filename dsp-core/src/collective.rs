@@ -12,7 +12,7 @@
 //!
 //! What is differentiated is the *sum* over the ranks of what each rank calls its loss. So the gradient of a
 //! gathered tensor is the sum of all ranks' gradients of it (a reduce-scatter), whether or not these are
-//! equal. A loss that every rank computes whole must therefore count once: see [`crate::strategy::Loss`].
+//! equal. A loss that every rank computes whole must therefore count once: see [`crate::Loss`].
 //!
 //! The forward transfer runs on the untracked tensor and its result joins the graph by a node that holds only
 //! the backward ([`crate::vjp`]), marked compute-bound: gradient checkpointing never repeats a collective.

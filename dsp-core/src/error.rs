@@ -8,7 +8,8 @@ use crate::blocks::DIMS;
 use crate::layout::{LayoutError, SeqAxis};
 use crate::ledger::Collective;
 use crate::partition::PartitionError;
-use crate::strategy::{PlanError, StageError};
+use crate::session::StageError;
+use crate::strategy::PlanError;
 
 /// One call of a collective, as every rank of the group must make it.
 #[derive(Debug, Clone, PartialEq, Eq)]

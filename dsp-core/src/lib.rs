@@ -15,7 +15,7 @@
 //! | [`vjp`] | a function with a gradient of our own |
 //! | [`shape`], [`mod@linear`] | reshaping and linear layers that take empty blocks |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
-//! | [`strategy`] | the trait, plans, and the session that walks a model through a plan |
+//! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
 //! | [`ledger`], [`cost`] | what was sent; the same by formula |
 //! | [`error`] | what can go wrong |
@@ -36,6 +36,7 @@ pub mod linear;
 pub mod partition;
 pub mod place;
 pub mod reference;
+pub mod session;
 pub mod shape;
 pub mod strategy;
 pub mod transport;
@@ -48,4 +49,5 @@ pub use launch::{Launch, LaunchError, launch};
 pub use layout::{AxisSet, Layout, SeqAxis, Shard};
 pub use partition::Partition;
 pub use place::Placed;
-pub use strategy::{Loss, ModelShape, PlanError, SequenceParallel, Session, Stage};
+pub use session::{Loss, Session};
+pub use strategy::{ModelShape, PlanError, SequenceParallel, Stage};

@@ -21,7 +21,7 @@ pub fn project<const D: usize>(x: Tensor<D>, layer: &Linear) -> Tensor<D> {
     affine(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
 }
 
-/// `x·W` without the bias, which [`StageRun::leave`](crate::strategy::StageRun::leave) adds once, after any reduction.
+/// `x·W` without the bias, which [`StageRun::leave`](crate::session::StageRun::leave) adds once, after any reduction.
 ///
 /// # Shapes
 /// - `x`: `[…, in]`; returns `[…, out]`

@@ -28,7 +28,7 @@ impl<M> Placed<M> {
 }
 
 /// A module cut by the placement that `placement` gives for each parameter's path and shape. See
-/// [`crate::strategy::Session::place`].
+/// [`crate::Session::place`].
 pub fn place<M: Module>(
     module: &M,
     placement: impl Fn(&str, &[usize]) -> Placement,

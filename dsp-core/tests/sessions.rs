@@ -13,9 +13,9 @@ use dsp_core::cost::Elements;
 use dsp_core::gradients::replicated_parameters;
 use dsp_core::layout::LayoutError;
 use dsp_core::ledger::{Collective, Phase};
+use dsp_core::session::StageError;
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Parameter, Placement, Plan, Role, StageError, StageKind,
-    StagePlan, add_bias,
+    AttentionStage, OutputLayout, Parameter, Placement, Plan, Role, StageKind, StagePlan, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,

@@ -2,7 +2,8 @@
 
 use dsp_core::error::CommError;
 use dsp_core::layout::LayoutError;
-use dsp_core::strategy::{PlanError, StageError};
+use dsp_core::session::StageError;
+use dsp_core::strategy::PlanError;
 
 /// A configuration that does not describe a model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -12,10 +12,10 @@
 
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{Tensor, TensorData};
+use dsp_core::Loss;
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::Phase;
 use dsp_core::shape::reshape;
-use dsp_core::strategy::Loss;
 use dsp_core::{Placed, Session, Shard};
 
 use crate::error::ModelError;

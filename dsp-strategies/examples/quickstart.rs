@@ -9,7 +9,8 @@ use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData, activation::gelu};
 use dsp_core::linear::project;
-use dsp_core::strategy::{AttentionStage, OutputLayout, Role, StageKind, StageRun};
+use dsp_core::session::StageRun;
+use dsp_core::strategy::{AttentionStage, OutputLayout, Role, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, SeqAxis, Session, Shard, Stage,
 };

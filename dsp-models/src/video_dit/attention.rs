@@ -6,8 +6,8 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::linear::{project, project_without_bias};
+use dsp_core::session::StageRun;
 use dsp_core::shape::reshape;
-use dsp_core::strategy::StageRun;
 use dsp_core::{Heads, Shard, attention};
 
 use super::config::{BlockConfig, TIME};

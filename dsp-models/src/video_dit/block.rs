@@ -9,7 +9,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
-use dsp_core::strategy::Stages;
+use dsp_core::session::Stages;
 
 use super::attention::{CrossAttention, SelfAttention, Text};
 use super::config::{BlockConfig, BlockKind, Init};

@@ -13,9 +13,10 @@ use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use dsp_core::Loss;
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic};
-use dsp_core::strategy::{Loss, OutputLayout};
+use dsp_core::strategy::OutputLayout;
 use dsp_core::{Error, Group, Launch, LaunchError, SequenceParallel, Session, Shard, gradients};
 use dsp_models::error::ModelError;
 use dsp_models::video_dit::{

@@ -1,0 +1,419 @@
+//! A model's run under a strategy, on one rank: [`Session`] walks it through the plan, stage by stage.
+//!
+//! What a verb returns is held against the plan, so that a forgotten switch is an error that names the axis and
+//! never a wrong number; each verb is a span of the trace.
+
+use std::sync::Arc;
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Gradients, Tensor};
+
+use crate::attention::{self, Attended, Logsumexp};
+use crate::blocks::DIMS;
+use crate::collective::relayout;
+use crate::cost::{self, Elements};
+use crate::error::{CommError, Error};
+use crate::gradients;
+use crate::group::Group;
+use crate::layout::{Layout, LayoutError, Shard};
+use crate::linear::project_without_bias;
+use crate::place::{self, Placed};
+use crate::strategy::{
+    AttentionScope, ModelShape, Parameter, Part, Plan, PlanError, Scope, SequenceParallel,
+    StageKind,
+};
+
+/// A model that does not walk through the stages it declared.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StageError {
+    /// The next stage is of another kind.
+    #[error(
+        "the model runs a {wanted} where it declared stage {index} ({name:?}) to be a {declared}"
+    )]
+    Kind {
+        /// The stage's position.
+        index: usize,
+        /// Its name.
+        name: String,
+        /// What was declared.
+        declared: &'static str,
+        /// What the model runs.
+        wanted: &'static str,
+    },
+    /// There is no next stage.
+    #[error("the model runs a {wanted} after all {declared} stages that it declared")]
+    TooMany {
+        /// How many were declared.
+        declared: usize,
+        /// What the model runs.
+        wanted: &'static str,
+    },
+    /// Stages were left over.
+    #[error("the model ran {run} of the {declared} stages that it declared")]
+    TooFew {
+        /// How many ran.
+        run: usize,
+        /// How many were declared.
+        declared: usize,
+    },
+}
+
+/// A loss, and on how many ranks it was computed.
+///
+/// What is differentiated is the sum over the ranks of their losses, so each term must count once.
+#[derive(Debug, Clone)]
+pub enum Loss {
+    /// The loss of this rank's own part: its terms over the *global* count of terms. The ranks' losses add up
+    /// to the whole.
+    OfShard(Tensor<1>),
+    /// The loss of everything, computed alike on every rank, as after [`Session::gather`].
+    OfWhole(Tensor<1>),
+}
+
+/// A model's run under a strategy, on one rank.
+#[derive(Debug, Clone)]
+pub struct Session {
+    strategy: Arc<dyn SequenceParallel>,
+    group: Group,
+    model: Arc<ModelShape>,
+    plan: Arc<Plan>,
+}
+
+impl Session {
+    /// Plans `model` for the group. Nothing is sent.
+    ///
+    /// # Errors
+    /// [`PlanError`] if the strategy cannot run the model on this many ranks.
+    pub fn new(
+        strategy: Arc<dyn SequenceParallel>,
+        group: Group,
+        model: ModelShape,
+    ) -> Result<Self, PlanError> {
+        let plan = strategy.plan(&model, group.size())?;
+        debug_assert_eq!(plan.stages.len(), model.stages.len());
+        Ok(Self {
+            strategy,
+            group,
+            model: Arc::new(model),
+            plan: Arc::new(plan),
+        })
+    }
+
+    /// The ranks.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// The strategy's plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What the model declared.
+    pub fn model(&self) -> &ModelShape {
+        &self.model
+    }
+
+    /// This rank's part of a module: replicated parameters are shared, sharded ones cut, and each becomes a
+    /// leaf of this rank's own autodiff graph, which no other rank's touches.
+    ///
+    /// `roles` gives the [`Role`](crate::strategy::Role) of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
+    /// [`Part`] with its stage.
+    pub fn place<M: Module, P: Into<Part>>(
+        &self,
+        module: &M,
+        roles: impl Fn(&str) -> P,
+        device: &Device,
+    ) -> Placed<M> {
+        let placement = |path: &str, shape: &[usize]| {
+            let Part { role, stage } = roles(path).into();
+            let parameter = Parameter {
+                role,
+                shape,
+                stage: stage.and_then(|stage| self.plan.stages.get(stage)),
+            };
+            let (rank, ranks) = (self.group.rank(), self.group.size());
+            self.strategy.placement(&parameter, rank, ranks)
+        };
+        place::place(module, placement, device)
+    }
+
+    /// This rank's part of an input that every rank holds whole.
+    ///
+    /// # Errors
+    /// [`LayoutError`] if the tensor's lengths are not those that the model declared.
+    pub fn split(&self, whole: Tensor<DIMS>) -> Result<Shard, LayoutError> {
+        Shard::split(whole, &self.plan.input, self.group.rank())
+    }
+
+    /// Begins a forward pass.
+    pub fn stages(&self) -> Stages<'_> {
+        Stages {
+            session: self,
+            next: 0,
+        }
+    }
+
+    /// Gathers a shard: every rank gets the whole tensor.
+    ///
+    /// A loss of it is a [`Loss::OfWhole`].
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail.
+    pub fn gather(&self, x: Shard) -> Result<Tensor<DIMS>, Error> {
+        let whole = Layout::whole(x.layout().lengths());
+        Ok(relayout(x, &whole, &self.group)?.into_tensor())
+    }
+
+    /// Runs the backward pass. Every rank must call it.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails in it: unlike [`Tensor::backward`], which unwinds.
+    pub fn backward(&self, loss: Loss) -> Result<Gradients, CommError> {
+        let loss = match loss {
+            Loss::OfShard(loss) => loss,
+            // Not `div_scalar`: Burn's backward of it rounds the factor to f32.
+            Loss::OfWhole(loss) => loss.mul_scalar(1.0 / self.group.size() as f64),
+        };
+        let run = std::panic::AssertUnwindSafe(|| loss.backward());
+        match std::panic::catch_unwind(run) {
+            Ok(gradients) => Ok(gradients),
+            Err(payload) => match payload.downcast::<CommError>() {
+                Ok(error) => Err(*error),
+                Err(payload) => std::panic::resume_unwind(payload),
+            },
+        }
+    }
+
+    /// The module's gradients, those of replicated parameters summed over the ranks in one bucket.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn reduce<M: Module>(
+        &self,
+        gradients: &mut Gradients,
+        module: &Placed<M>,
+    ) -> Result<GradientsParams, CommError> {
+        gradients::reduce(gradients, module, &self.group)
+    }
+
+    /// What this rank sends in one forward and backward pass, by formula.
+    pub fn expected_sends(&self) -> Elements {
+        self.plan.sends(self.group.rank())
+    }
+
+    /// What this rank sends to gather an output of `channels` channels, by formula.
+    pub fn expected_gather(&self, batch: usize, channels: usize) -> Elements {
+        let layout = &self.plan.output;
+        let (rank, ranks) = (self.group.rank(), self.group.size());
+        let own = layout.local_lengths(rank).iter().product::<usize>();
+        let all = layout.lengths().iter().product::<usize>();
+        if layout.split_axes().iter().next().is_none() {
+            return Elements::default();
+        }
+        let unit = batch * channels;
+        Elements::both(
+            (unit * (ranks - 1) * own) as u64,
+            (unit * (all - own)) as u64,
+        )
+    }
+
+    /// What this rank sends to sum the gradients of `count` replicated parameters, by formula.
+    pub fn expected_reduce(&self, count: usize) -> u64 {
+        cost::all_reduce(count, self.group.size(), self.group.rank()).forward
+    }
+}
+
+/// A forward pass under way: hands the model its stages one after the other.
+#[derive(Debug)]
+pub struct Stages<'a> {
+    session: &'a Session,
+    next: usize,
+}
+
+impl<'a> Stages<'a> {
+    fn advance(
+        &mut self,
+        wanted: &'static str,
+        fits: impl Fn(&StageKind) -> bool,
+    ) -> Result<StageRun<'a>, StageError> {
+        let (index, model) = (self.next, &*self.session.model);
+        let Some(stage) = model.stages.get(index) else {
+            return Err(StageError::TooMany {
+                declared: model.stages.len(),
+                wanted,
+            });
+        };
+        if !fits(&stage.kind) {
+            return Err(StageError::Kind {
+                index,
+                name: stage.name.clone(),
+                declared: stage.kind.name(),
+                wanted,
+            });
+        }
+        self.next += 1;
+        Ok(StageRun {
+            session: self.session,
+            index,
+        })
+    }
+
+    /// The next stage, a self-attention.
+    ///
+    /// # Errors
+    /// [`StageError`] if the model declared something else.
+    pub fn attention(&mut self) -> Result<StageRun<'a>, StageError> {
+        self.advance("self-attention", |kind| {
+            matches!(kind, StageKind::Attention(_))
+        })
+    }
+
+    /// The next stage, a cross-attention.
+    ///
+    /// # Errors
+    /// [`StageError`] if the model declared something else.
+    pub fn cross_attention(&mut self) -> Result<StageRun<'a>, StageError> {
+        self.advance("cross-attention", |kind| {
+            matches!(kind, StageKind::CrossAttention { .. })
+        })
+    }
+
+    /// The next stage, a feed-forward.
+    ///
+    /// # Errors
+    /// [`StageError`] if the model declared something else.
+    pub fn feed_forward(&mut self) -> Result<StageRun<'a>, StageError> {
+        self.advance("feed-forward", |kind| {
+            matches!(kind, StageKind::FeedForward { .. })
+        })
+    }
+
+    /// Ends the forward pass: the last stage's residual stream in the output's layout.
+    ///
+    /// # Errors
+    /// [`StageError::TooFew`] if stages are left, [`Error`] if the ranks fail.
+    pub fn finish(self, x: Shard) -> Result<Shard, Error> {
+        let declared = self.session.model.stages.len();
+        if self.next != declared {
+            return Err(StageError::TooFew {
+                run: self.next,
+                declared,
+            }
+            .into());
+        }
+        relayout(x, &self.session.plan.output, &self.session.group)
+    }
+}
+
+/// One stage of a forward pass under way: the verbs, checked and traced.
+#[derive(Debug, Clone, Copy)]
+pub struct StageRun<'a> {
+    session: &'a Session,
+    index: usize,
+}
+
+impl<'a> StageRun<'a> {
+    fn scope(&self) -> Scope<'a> {
+        Scope {
+            group: &self.session.group,
+            stage: &self.session.model.stages[self.index],
+            plan: &self.session.plan.stages[self.index],
+        }
+    }
+
+    fn expect(place: &'static str, expected: &Layout, x: Shard) -> Result<Shard, LayoutError> {
+        if x.layout() == expected {
+            return Ok(x);
+        }
+        Err(LayoutError::Unexpected {
+            place,
+            expected: Box::new(expected.clone()),
+            got: Box::new(x.layout().clone()),
+        })
+    }
+
+    /// [`SequenceParallel::arrange`].
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the layouts do not fit.
+    pub fn arrange(&self, x: Shard) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("arrange", stage = %scope.stage.name).entered();
+        let x = self.session.strategy.arrange(x, &scope)?;
+        Ok(Self::expect("arrange", &scope.plan.residual, x)?)
+    }
+
+    /// [`SequenceParallel::enter`].
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the layouts do not fit.
+    pub fn enter(&self, x: Shard) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("enter", stage = %scope.stage.name).entered();
+        let x = Self::expect("enter", &scope.plan.residual, x)?;
+        let x = self.session.strategy.enter(x, &scope)?;
+        Ok(Self::expect("enter", &scope.plan.inner, x)?)
+    }
+
+    /// [`SequenceParallel::attend`]: the output alone.
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the shapes do not fit.
+    pub fn attend(&self, query: Shard, key: Shard, value: Shard) -> Result<Shard, Error> {
+        Ok(self
+            .attend_with([query, key, value], Logsumexp::Unwanted)?
+            .output)
+    }
+
+    /// [`SequenceParallel::attend`].
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the shapes do not fit; [`StageError::Kind`] if the stage is no
+    /// self-attention.
+    pub fn attend_with(&self, qkv: [Shard; 3], logsumexp: Logsumexp) -> Result<Attended, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
+        let StageKind::Attention(attention) = &scope.stage.kind else {
+            return Err(StageError::Kind {
+                index: self.index,
+                name: scope.stage.name.clone(),
+                declared: scope.stage.kind.name(),
+                wanted: "self-attention",
+            }
+            .into());
+        };
+        attention::check_heads(&qkv, attention.heads)?;
+        self.session.strategy.attend(
+            qkv,
+            &AttentionScope {
+                scope,
+                attention,
+                logsumexp,
+            },
+        )
+    }
+
+    /// [`SequenceParallel::leave`].
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the layouts do not fit.
+    pub fn leave(&self, x: Shard, bias: Option<Tensor<1>>) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("leave", stage = %scope.stage.name).entered();
+        let x = self.session.strategy.leave(x, bias, &scope)?;
+        Ok(Self::expect("leave", &scope.plan.residual, x)?)
+    }
+
+    /// [`leave`](Self::leave) through a sub-layer's last projection, whose bias is added once, after any
+    /// reduction.
+    ///
+    /// # Errors
+    /// As [`leave`](Self::leave).
+    pub fn project(&self, x: Shard, projection: &Linear) -> Result<Shard, Error> {
+        let x = x.map(|x| project_without_bias(x, projection))?;
+        self.leave(x, projection.bias.as_ref().map(Param::val))
+    }
+}
