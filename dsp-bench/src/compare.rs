@@ -5,13 +5,18 @@
 //! waited.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic as LedgerReading};
-use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
+use dsp_core::{
+    CommError, Group, Launch, LaunchError, Placed, PlanError, SequenceParallel, Session,
+};
+use dsp_models::VideoDit;
 use dsp_strategies::UnknownStrategy;
 
 use crate::clip::ClipError;
@@ -118,10 +123,11 @@ impl Comparer {
         let started = Instant::now();
         let mut comparison = Comparison::begin(self.scenario.clone(), "flex");
         let mut reference = None;
-        let mut left = self.scenario.time_budget_seconds;
         for (index, case) in self.cases.iter().enumerate() {
             let name = case.strategy.name();
             progress.begin(name, case.ranks);
+            // Each case has its share of what is left of the whole time, its first run included.
+            let left = self.scenario.time_budget_seconds - started.elapsed().as_secs_f64();
             let budget = left / (self.cases.len() - index) as f64;
             let outcome = match self.case(case, reference.as_ref(), budget, progress, meter) {
                 Ok((outputs, outcome)) => {
@@ -141,9 +147,6 @@ impl Comparer {
                     message: failure.to_string(),
                 },
             };
-            if let Outcome::Timed(measured) = &outcome {
-                left -= measured.time.repeats_seconds.iter().sum::<f64>();
-            }
             progress.end(&summary(&outcome));
             comparison.push(name, case.ranks, outcome);
         }
@@ -152,6 +155,9 @@ impl Comparer {
     }
 
     /// One case; of the first, serial, also what it gave: what the others are held to.
+    ///
+    /// All of it is one launch, so that what is timed runs on threads and memory that have run before: the
+    /// first run is held to serial, and is the warm-up.
     fn case(
         &self,
         case: &CaseOf,
@@ -168,25 +174,52 @@ impl Comparer {
             .map_err(Stop::Refused)?;
 
         progress.phase(name, case.ranks, "equality with serial");
-        let (outputs, warm_up) = self.check(case)?;
-        let equality = outputs.equality(reference.unwrap_or(&outputs), self.scenario.tolerance);
+        let (checked, first_run) = mpsc::channel();
+        let (decide, decision) = mpsc::channel();
+        let steps = Steps {
+            subject: self.subject.clone(),
+            strategy: case.strategy.clone(),
+            passes: self.scenario.passes,
+            checked,
+            decision: Mutex::new(decision),
+        };
+        let deadline = Duration::from_secs_f64(self.scenario.deadline_seconds);
+        let launch = Launch::new(case.ranks).timeout(deadline);
+        let (verdict, ranks) = thread::scope(|scope| {
+            let ranks = scope.spawn(move || launch.run(move |group| steps.run(group)));
+            // Nothing comes if the launch fails first.
+            let verdict = first_run.recv().ok().map(|(outputs, seconds)| {
+                let serial = reference.unwrap_or(&outputs);
+                let equality = outputs.equality(serial, self.scenario.tolerance);
+                let repeats = self.repeats(budget, seconds);
+                let outputs = reference.is_none().then_some(outputs);
+                let before_bytes = meter.reset_peak();
+                if equality.holds() {
+                    progress.repeat(name, case.ranks, 1, repeats, Some(seconds));
+                    meter.set_recording(true);
+                    // A launch that has failed meanwhile says so when it is joined.
+                    let _ = decide.send(repeats);
+                }
+                (outputs, equality, before_bytes)
+            });
+            drop(decide);
+            (verdict, ranks.join())
+        });
+        meter.set_recording(false);
+        let peak_bytes = meter.peak();
+        let ranks = match ranks {
+            Ok(ranks) => ranks.map_err(|error| Stop::Failed(Box::new(error)))?,
+            Err(payload) => resume_unwind(payload),
+        };
+        let Some((outputs, equality, before_bytes)) = verdict else {
+            unreachable!("a launch that succeeds has sent its first run");
+        };
         if !equality.holds() {
             return Ok((None, Outcome::Unequal { equality }));
         }
-        let repeats = (budget / warm_up) as usize;
-        let repeats = repeats.clamp(self.scenario.min_repeats, self.scenario.max_repeats);
-        progress.repeat(name, case.ranks, 1, repeats, Some(warm_up));
-        let outputs = reference.is_none().then_some(outputs);
-        let before_bytes = meter.reset_peak();
-        meter.set_recording(true);
-        let ranks = self.time(case, repeats);
-        meter.set_recording(false);
-        let peak_bytes = meter.peak();
-        let ranks = ranks?;
-
         let measured = Measured {
             equality,
-            time: timing(&ranks, repeats),
+            time: timing(&ranks),
             traffic: traffic(&ranks),
             memory: Memory {
                 peak_bytes,
@@ -196,82 +229,91 @@ impl Comparer {
         Ok((outputs, Outcome::Timed(Box::new(measured))))
     }
 
-    fn launch(&self, ranks: usize) -> Launch {
-        Launch::new(ranks).timeout(Duration::from_secs_f64(self.scenario.deadline_seconds))
+    /// As many runs as fit into the case's share of the time after the first.
+    fn repeats(&self, budget: f64, seconds: f64) -> usize {
+        let repeats = (budget / seconds - 1.0).round() as usize;
+        repeats.clamp(self.scenario.min_repeats, self.scenario.max_repeats)
     }
+}
 
-    /// One run whose outputs are gathered: what it gave, and how long it took.
-    fn check(&self, case: &CaseOf) -> Result<(Outputs, f64), Stop> {
-        let (subject, strategy) = (self.subject.clone(), case.strategy.clone());
-        let passes = self.scenario.passes;
-        let runs = self.launch(case.ranks).run(move |group| {
-            let is_first = group.rank() == 0;
-            let session = Session::new(strategy.clone(), group, subject.shape())?;
-            let placed = subject.place(&session);
+/// What every rank of a case does.
+struct Steps {
+    subject: Arc<Subject>,
+    strategy: Arc<dyn SequenceParallel>,
+    passes: Passes,
+    /// Where rank 0 sends what the first run gave, and its seconds.
+    checked: mpsc::Sender<(Outputs, f64)>,
+    /// From where it gets the number of timed runs; none if the first differed from serial.
+    decision: Mutex<mpsc::Receiver<usize>>,
+}
+
+impl Steps {
+    fn run(&self, group: Group) -> Result<RankRuns, SubjectError> {
+        let session = Session::new(self.strategy.clone(), group, self.subject.shape())?;
+        let placed = self.subject.place(&session);
+        self.first(&session, &placed)?;
+        let mut runs = Vec::new();
+        for repeat in 0..self.repeats(&session)? {
+            barrier(session.group(), &self.subject)?;
+            session.group().ledger().take();
+            let strategy = self.strategy.name();
+            let _span = tracing::info_span!("step", strategy, repeat).entered();
             let start = Instant::now();
-            let run = subject.forward(&session, &placed)?;
-            let gradients = match passes {
-                Passes::Forward => None,
-                Passes::ForwardBackward => Some(run.backward(&session, &placed)?),
-            };
+            let run = self.subject.forward(&session, &placed)?;
+            if self.passes == Passes::ForwardBackward {
+                run.backward(&session, &placed)?;
+            }
             let elapsed = start.elapsed().as_secs_f64();
-            let output = run.gather(&session)?;
-            let gradients = match gradients {
-                Some(gradients) => Some(gradients.whole(&session, &placed)?),
-                None => None,
-            };
-            // One rank's copy is enough to compare: the gathered tensors are the same on all.
-            let outputs = is_first.then_some(Outputs { output, gradients });
-            Ok::<_, SubjectError>((outputs, elapsed))
-        });
-        let mut slowest = 0.0_f64;
-        let mut first = None;
-        for (outputs, elapsed) in runs.map_err(|error| Stop::Failed(Box::new(error)))? {
-            slowest = slowest.max(elapsed);
-            first = first.or(outputs);
+            runs.push((elapsed, session.group().ledger().take()));
         }
-        match first {
-            Some(outputs) => Ok((outputs, slowest)),
-            None => unreachable!("a launch has a rank 0"),
-        }
+        let width = self.subject.dtype().size() as u64;
+        let sends = session.expected_sends();
+        let (backward, parameters) = match self.passes {
+            Passes::Forward => (0, 0),
+            Passes::ForwardBackward => {
+                let count = dsp_core::gradients::replicated_parameters(&placed);
+                (sends.backward, session.expected_reduce(count))
+            }
+        };
+        Ok(RankRuns {
+            runs,
+            formula: [sends.forward, backward, parameters].map(|elements| elements * width),
+        })
     }
 
-    /// Several runs, of which each rank's seconds and bytes are taken.
-    fn time(&self, case: &CaseOf, repeats: usize) -> Result<Vec<RankRuns>, Stop> {
-        let (subject, strategy) = (self.subject.clone(), case.strategy.clone());
-        let passes = self.scenario.passes;
-        let name = case.strategy.name();
-        let runs = self.launch(case.ranks).run(move |group| {
-            let session = Session::new(strategy.clone(), group, subject.shape())?;
-            let placed = subject.place(&session);
-            let mut runs = Vec::new();
-            for repeat in 0..repeats {
-                barrier(session.group(), &subject)?;
-                session.group().ledger().take();
-                let _span = tracing::info_span!("step", strategy = name, repeat).entered();
-                let start = Instant::now();
-                let run = subject.forward(&session, &placed)?;
-                if passes == Passes::ForwardBackward {
-                    run.backward(&session, &placed)?;
-                }
-                let elapsed = start.elapsed().as_secs_f64();
-                runs.push((elapsed, session.group().ledger().take()));
+    /// The run that is held to serial: rank 0 hands over its outputs, whole; they are the same on all ranks.
+    fn first(&self, session: &Session, placed: &Placed<VideoDit>) -> Result<(), SubjectError> {
+        let start = Instant::now();
+        let run = self.subject.forward(session, placed)?;
+        let gradients = match self.passes {
+            Passes::Forward => None,
+            Passes::ForwardBackward => Some(run.backward(session, placed)?),
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        let output = run.gather(session)?;
+        let gradients = match gradients {
+            Some(gradients) => Some(gradients.whole(session, placed)?),
+            None => None,
+        };
+        if session.group().rank() == 0 {
+            // Whoever does not listen any more has given the case up.
+            let _ = self.checked.send((Outputs { output, gradients }, seconds));
+        }
+        Ok(())
+    }
+
+    /// How many timed runs there shall be, as rank 0 is told.
+    fn repeats(&self, session: &Session) -> Result<usize, SubjectError> {
+        let own = match session.group().rank() {
+            0 => {
+                let decision = self.decision.lock().unwrap_or_else(PoisonError::into_inner);
+                decision.recv().unwrap_or(0)
             }
-            let width = subject.dtype().size() as u64;
-            let sends = session.expected_sends();
-            let (backward, parameters) = match passes {
-                Passes::Forward => (0, 0),
-                Passes::ForwardBackward => {
-                    let count = dsp_core::gradients::replicated_parameters(&placed);
-                    (sends.backward, session.expected_reduce(count))
-                }
-            };
-            Ok::<_, SubjectError>(RankRuns {
-                runs,
-                formula: [sends.forward, backward, parameters].map(|elements| elements * width),
-            })
-        });
-        runs.map_err(|error| Stop::Failed(Box::new(error)))
+            _ => 0,
+        };
+        let own = self.subject.token().add_scalar(own as f64);
+        let all = all_reduce_in(own, Phase::Outside, session.group())?;
+        Ok(all.into_scalar::<f64>() as usize)
     }
 }
 
@@ -327,7 +369,8 @@ fn difference(name: &str, reference: &TensorData, actual: &TensorData) -> Differ
 }
 
 /// A repeat takes as long as its slowest rank.
-fn timing(ranks: &[RankRuns], repeats: usize) -> Timing {
+fn timing(ranks: &[RankRuns]) -> Timing {
+    let repeats = ranks.first().map_or(0, |rank| rank.runs.len());
     let repeat = |repeat: usize| {
         let spent: Vec<RankSeconds> = ranks
             .iter()

@@ -51,7 +51,8 @@ pub struct Scenario {
     pub seed: u64,
     /// The largest error allowed against serial: max |Δ| / max(max |serial|, 1e-3).
     pub tolerance: f64,
-    /// What the timed repeats of all cases may take together.
+    /// What the whole comparison may take, the runs that are held to serial included; the number of repeats
+    /// adapts to it.
     pub time_budget_seconds: f64,
     /// Repeats that every case gets, whatever the budget.
     pub min_repeats: usize,
