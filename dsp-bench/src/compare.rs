@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::TensorData;
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic as LedgerReading};
 use dsp_core::{
@@ -454,9 +454,4 @@ fn summary(outcome: &Outcome) -> String {
         Outcome::Refused { .. } => "refused".to_owned(),
         Outcome::Error { .. } => "failed".to_owned(),
     }
-}
-
-/// The element type of a scenario.
-pub fn dtype(scenario: &Scenario) -> DType {
-    crate::verify::dtype(scenario.dtype)
 }

@@ -95,7 +95,7 @@ impl Subject {
             .with_qk_norm(size.qk_norm)
             .with_caption_channels(size.caption_channels)
             .with_model_max_length(size.text_tokens);
-        let dtype = crate::compare::dtype(scenario);
+        let dtype = crate::verify::dtype(scenario.dtype);
         // Dense: the published initialisation begins with zeros, behind which gradients would vanish.
         let template = config.init(Init::Dense, scenario.seed, &Device::flex())?;
         let template = cast(template, dtype);

@@ -532,10 +532,13 @@ impl Shard {
             "{channels} channels do not fall into {N} equal parts"
         );
         let width = channels / N;
-        std::array::from_fn(|part| Self {
-            tensor: self.tensor.clone().narrow(4, part * width, width),
-            layout: self.layout.clone(),
-            rank: self.rank,
+        std::array::from_fn(|part| {
+            let range = part * width..(part + 1) * width;
+            Self {
+                tensor: select_ranges(self.tensor.clone(), 4, &[range]),
+                layout: self.layout.clone(),
+                rank: self.rank,
+            }
         })
     }
 
@@ -583,5 +586,30 @@ pub fn select_ranges<const D: usize>(
                 .collect(),
             dim,
         ),
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "flex")]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    /// A rank that left the graph would miss the backward collectives of the others.
+    #[test]
+    fn the_chunks_of_an_empty_shard_stay_in_the_graph() {
+        let layout = Layout::split([1, 4, 1], SeqAxis::FIRST, 2);
+        let device = Device::flex().autodiff();
+        let x = Tensor::<DIMS>::zeros([2, 0, 4, 1, 6], &device).require_grad();
+        let shard = Shard::new(x.clone(), layout, 0).unwrap();
+        let chunks = shard.chunks::<3>();
+        for chunk in &chunks {
+            assert_eq!(chunk.tensor().dims(), [2, 0, 4, 1, 2]);
+            assert!(chunk.tensor().is_tracked());
+        }
+        let [a, b, c] = chunks.map(|chunk| chunk.into_tensor().sum());
+        let gradients = (a + b + c).backward();
+        assert_eq!(x.grad(&gradients).unwrap().dims(), x.dims());
     }
 }
