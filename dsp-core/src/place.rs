@@ -17,27 +17,45 @@ use crate::strategy::Placement;
 pub struct Placed<M> {
     /// The module.
     pub module: M,
-    sharded: HashMap<ParamId, Placement>,
+    rank: usize,
+    cuts: HashMap<ParamId, Cut>,
+}
+
+/// A parameter that is not whole on every rank.
+#[derive(Debug, Clone)]
+pub(crate) struct Cut {
+    /// Its whole shape.
+    pub(crate) shape: Vec<usize>,
+    /// What each rank holds.
+    pub(crate) placements: Vec<Placement>,
 }
 
 impl<M> Placed<M> {
     /// The placement of a parameter.
     pub fn placement(&self, id: ParamId) -> &Placement {
-        self.sharded.get(&id).unwrap_or(&Placement::Replicated)
+        self.cuts
+            .get(&id)
+            .map_or(&Placement::Replicated, |cut| &cut.placements[self.rank])
+    }
+
+    pub(crate) fn cut(&self, id: ParamId) -> Option<&Cut> {
+        self.cuts.get(&id)
     }
 }
 
-/// A module cut by the placement that `placement` gives for each parameter's path and shape. See
+/// A module cut by what `placements` gives for each parameter's path and shape: a placement a rank. See
 /// [`crate::Session::place`].
 pub fn place<M: Module>(
     module: &M,
-    placement: impl Fn(&str, &[usize]) -> Placement,
+    placements: impl Fn(&str, &[usize]) -> Vec<Placement>,
+    rank: usize,
     device: &Device,
 ) -> Placed<M> {
     let mut cutter = Cutter {
         path: Vec::new(),
-        placement,
-        sharded: HashMap::new(),
+        placements,
+        rank,
+        cuts: HashMap::new(),
     };
     // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
     // were trainable. Without autodiff on the device there is nothing to train.
@@ -48,7 +66,8 @@ pub fn place<M: Module>(
     };
     Placed {
         module,
-        sharded: cutter.sharded,
+        rank,
+        cuts: cutter.cuts,
     }
 }
 
@@ -63,11 +82,12 @@ impl ModuleMapper for Checkpointing {
 
 struct Cutter<F> {
     path: Vec<String>,
-    placement: F,
-    sharded: HashMap<ParamId, Placement>,
+    placements: F,
+    rank: usize,
+    cuts: HashMap<ParamId, Cut>,
 }
 
-impl<F: Fn(&str, &[usize]) -> Placement> ModuleMapper for Cutter<F> {
+impl<F: Fn(&str, &[usize]) -> Vec<Placement>> ModuleMapper for Cutter<F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -77,13 +97,15 @@ impl<F: Fn(&str, &[usize]) -> Placement> ModuleMapper for Cutter<F> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let shape = param.lazy_shape();
-        let placement = (self.placement)(&self.path.join("."), shape.as_slice());
-        let Placement::Sharded { dim, ranges } = &placement else {
-            return param;
+        let shape = param.lazy_shape().as_slice().to_vec();
+        let placements = (self.placements)(&self.path.join("."), &shape);
+        let (dim, ranges) = match &placements[self.rank] {
+            Placement::Replicated => return param,
+            Placement::Sharded { dim, ranges } | Placement::Shared { dim, ranges } => {
+                (*dim, ranges.clone())
+            }
         };
-        let (dim, ranges) = (*dim, ranges.clone());
-        self.sharded.insert(param.id, placement);
+        self.cuts.insert(param.id, Cut { shape, placements });
         param.map(|tensor| select_ranges(tensor, dim, &ranges))
     }
 }

@@ -9,13 +9,12 @@ use std::sync::{Arc, Barrier};
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
-use dsp_core::cost::Elements;
-use dsp_core::gradients::replicated_parameters;
+use dsp_core::gradients::reduced_parameters;
 use dsp_core::layout::LayoutError;
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::StageError;
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Parameter, Placement, Plan, Role, StageKind, StagePlan, add_bias,
+    AttentionStage, OutputLayout, Parameter, Placement, Role, StageKind, StagePlan, Units, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
@@ -31,20 +30,19 @@ impl SequenceParallel for Blocks {
         "blocks"
     }
 
-    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
+    fn residuals(&self, model: &ModelShape, ranks: usize) -> Result<Vec<Layout>, PlanError> {
         let layout = Layout::split(model.lengths()?, SeqAxis::FIRST, ranks);
-        let stage = StagePlan {
-            residual: layout.clone(),
-            inner: layout.clone(),
-            sends: vec![Elements::default(); ranks],
-            delegate: 0,
-        };
-        Ok(Plan {
-            input: layout.clone(),
-            stages: vec![stage; model.stages.len()],
-            output: layout,
-            output_sends: vec![Elements::default(); ranks],
-        })
+        Ok(vec![layout])
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
     }
 
     fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
@@ -52,6 +50,7 @@ impl SequenceParallel for Blocks {
         let Role::Columns { dim, units, .. } = role else {
             return Placement::Replicated;
         };
+        let units = units.count();
         let width = shape[dim] / units;
         let (start, end) = (rank * units / ranks, (rank + 1) * units / ranks);
         Placement::Sharded {
@@ -289,7 +288,7 @@ fn toy_role(path: &str) -> Role {
         "sharded" => Role::Columns {
             dim: 1,
             fused: 1,
-            units: 3,
+            units: Units::Features(3),
         },
         "used" | "unused" | "frozen" => Role::Replicated,
         path => panic!("no parameter is at {path}"),
@@ -297,7 +296,7 @@ fn toy_role(path: &str) -> Role {
 }
 
 #[test]
-fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_alone() {
+fn gradients_of_reduced_parameters_are_summed_and_those_of_sharded_ones_left_alone() {
     for dtype in [DType::F32, DType::F64] {
         for ranks in 1..=4 {
             let module = Arc::new(toy(dtype));
@@ -307,7 +306,7 @@ fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_
                 let device = Device::flex().autodiff();
                 let placed = session.place(&*source, toy_role, &device);
                 let toy = &placed.module;
-                assert_eq!(replicated_parameters(&placed), 10);
+                assert_eq!(reduced_parameters(&placed), 10);
                 let rank = group.rank();
                 // What each rank holds, and that it may be trained or not as before.
                 let columns = 2 * (3 * rank / ranks)..2 * (3 * (rank + 1) / ranks);

@@ -1,7 +1,7 @@
 //! What is sent, counted by the ledger and held to formulas that stand in this file: to the element and the
 //! byte, forward and backward, per rank. (That the ledger equals each plan's own formula is a part of
 //! `common::check`, and so of every equivalence test.)
-#![cfg(all(feature = "flex", feature = "dsp", feature = "ulysses"))]
+#![cfg(all(feature = "flex", feature = "all"))]
 #![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
 
 mod common;

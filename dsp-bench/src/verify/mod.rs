@@ -146,7 +146,7 @@ pub enum VerifyError {
         /// The case.
         case: String,
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The ranks.
         ranks: usize,
         /// The cause.
@@ -233,7 +233,7 @@ pub fn verify(
                         return Err(VerifyError::Run {
                             path: path.to_owned(),
                             case: case.name().to_owned(),
-                            strategy: strategy.name(),
+                            strategy: strategy.name().to_owned(),
                             ranks,
                             source: Box::new(source),
                         });

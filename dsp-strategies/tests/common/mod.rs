@@ -14,13 +14,11 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData, module};
-use dsp_core::attention::cross_attention;
 use dsp_core::cost::Elements;
-use dsp_core::gradients::replicated_parameters;
-use dsp_core::layout::select_ranges;
+use dsp_core::gradients::reduced_parameters;
 use dsp_core::ledger::{Entry, Phase, Traffic};
 use dsp_core::shape::reshape;
-use dsp_core::strategy::{AttentionStage, OutputLayout, Placement, Role, StageKind};
+use dsp_core::strategy::{AttentionStage, OutputLayout, Part, Placement, Role, StageKind, Units};
 use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Placed, PlanError, SeqAxis,
     SequenceParallel, Session, Shard, Stage,
@@ -117,31 +115,35 @@ impl Case {
         (0..self.batch).map(|sample| TEXT - sample % 2).collect()
     }
 
-    /// The role of the parameter at a path, such as `layers.2.inputs.0`.
-    pub(crate) fn role(&self, path: &str) -> Role {
-        let mut words = path.split('.');
-        let (Some("layers"), Some(layer), Some(name)) = (words.next(), words.next(), words.next())
-        else {
-            return Role::Replicated;
+    /// The role of the parameter at a path, such as `layers.2.inputs.0`, in its stage.
+    pub(crate) fn role(&self, path: &str) -> Part {
+        let words: Vec<&str> = path.split('.').collect();
+        let (layer, name) = match words[..] {
+            ["table"] => {
+                let axis = SeqAxis::FIRST;
+                return Role::Table { dim: 0, axis }.into();
+            }
+            ["layers", layer, name, ..] => (layer.parse::<usize>().unwrap(), name),
+            _ => return Role::Replicated.into(),
         };
-        let units = match self.subs[layer.parse::<usize>().unwrap()] {
-            Sub::Mlp => INNER,
-            _ => self.heads.1,
+        let heads = self.heads();
+        let units = match (&self.subs[layer], words.get(3)) {
+            (Sub::Mlp, _) => Units::Features(INNER),
+            (_, Some(&"1" | &"2")) => Units::KeyValue(heads),
+            _ => Units::Query(heads),
         };
-        match name {
-            "inputs" => Role::Columns {
-                dim: 1,
-                fused: 1,
-                units,
-            },
-            "input_biases" => Role::Columns {
-                dim: 0,
-                fused: 1,
-                units,
-            },
+        let columns = |dim| Role::Columns {
+            dim,
+            fused: 1,
+            units,
+        };
+        let role = match name {
+            "inputs" => columns(1),
+            "input_biases" => columns(0),
             "output" => Role::Rows { dim: 0, units },
             _ => Role::Replicated,
-        }
+        };
+        role.in_stage(layer)
     }
 }
 
@@ -220,8 +222,7 @@ impl Model {
         x: Shard,
         text: &Tensor<3>,
     ) -> Result<Shard, Error> {
-        let positions = x.positions(SeqAxis::FIRST);
-        let table = select_ranges(self.table.val(), 0, &positions);
+        let table = x.rows_of(self.table.val(), SeqAxis::FIRST)?;
         let count = table.dims()[0];
         let mut x = x.map(|x| x + reshape(table, [1, count, 1, 1, HIDDEN]))?;
         let mut stages = session.stages();
@@ -243,7 +244,7 @@ impl Model {
                 Sub::Text => {
                     let q = h.map(|h| layer.input(0, h))?;
                     let (k, v) = (layer.input(1, text.clone()), layer.input(2, text.clone()));
-                    cross_attention(q, k, v, case.heads(), case.text_lengths())?
+                    stage.cross_attend(q, k, v, case.text_lengths())?
                 }
                 Sub::Mlp => h.map(|h| layer.input(0, h).tanh())?,
             };
@@ -268,7 +269,7 @@ fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1
     let y = reshape(x, [rows, input]).matmul(weight);
     dims[D - 1] = output;
     let y = match bias {
-        Some(bias) => y + bias.unsqueeze(),
+        Some(bias) => y + reshape(bias, [1, output]),
         None => y,
     };
     reshape(y, dims)
@@ -390,7 +391,7 @@ pub(crate) fn run(
                 found: BTreeMap::new(),
             };
             placed.module.visit(&mut collect);
-            let count = replicated_parameters(&placed);
+            let count = reduced_parameters(&placed);
             Ok(Seen {
                 output: values(&gathered.inner()),
                 input: values(&dx.unwrap()),
@@ -428,6 +429,7 @@ pub(crate) fn whole(seen: &[Seen]) -> BTreeMap<String, Vec<f64>> {
         let gradient = match &first.placement {
             Placement::Replicated => first.values.clone(),
             Placement::Sharded { dim, .. } => joined(seen, path, *dim),
+            Placement::Shared { .. } => joined_once(seen, path),
         };
         whole.insert(path.clone(), gradient);
     }
@@ -450,6 +452,37 @@ fn joined(seen: &[Seen], path: &str, dim: usize) -> Vec<f64> {
         }
     }
     joined
+}
+
+/// A shared parameter's gradient: what several ranks hold is the same on each.
+fn joined_once(seen: &[Seen], path: &str) -> Vec<f64> {
+    let parts = || seen.iter().map(|seen| &seen.parameters[path]);
+    let held = |part: &Gradient| match &part.placement {
+        Placement::Shared { dim, ranges } => (*dim, ranges.clone()),
+        other => panic!("{path} is shared on every rank, but here {other:?}"),
+    };
+    let ends = parts().flat_map(|part| held(part).1).map(|range| range.end);
+    let length = ends.max().unwrap();
+    let (dim, shape) = (
+        held(&seen[0].parameters[path]).0,
+        &seen[0].parameters[path].shape,
+    );
+    let outer: usize = shape[..dim].iter().product();
+    let inner: usize = shape[dim + 1..].iter().product();
+    let mut whole: Vec<Option<f64>> = vec![None; outer * length * inner];
+    for part in parts() {
+        let positions: Vec<usize> = held(part).1.into_iter().flatten().collect();
+        for (index, &value) in part.values.iter().enumerate() {
+            let (row, rest) = (
+                index / (positions.len() * inner),
+                index % (positions.len() * inner),
+            );
+            let place = (row * length + positions[rest / inner]) * inner + rest % inner;
+            assert!(whole[place].is_none_or(|other| other.to_bits() == value.to_bits()));
+            whole[place] = Some(value);
+        }
+    }
+    whole.into_iter().map(Option::unwrap).collect()
 }
 
 /// The replicated results are the same bits on every rank.
