@@ -3,19 +3,17 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::Arc;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
 
-use crate::blocks::{Blocks, DimBlocks};
 use crate::collective::all_reduce_in;
-use crate::error::{CommError, Tracking};
-use crate::group::{Group, Request, Step};
+use crate::error::CommError;
+use crate::group::Group;
 use crate::layout::select_ranges;
-use crate::ledger::{Collective, Phase};
-use crate::place::{Cut, Placed};
+use crate::ledger::Phase;
+use crate::place::Placed;
 use crate::shape::reshape;
 use crate::strategy::Placement;
 
@@ -272,79 +270,4 @@ impl<M> ModuleVisitor for Gather<'_, M> {
             Err(error) => self.outcome = Err(error),
         }
     }
-}
-
-impl Cut {
-    /// The whole parameter, or its gradient, from the ranks' parts. Of what several ranks hold, the first one's
-    /// counts.
-    fn gather<const D: usize>(
-        &self,
-        part: Tensor<D>,
-        group: &Group,
-    ) -> Result<Tensor<D>, CommError> {
-        let mut taken: Vec<Range<usize>> = Vec::new();
-        let (mut along, mut own) = (0, Vec::new());
-        let mut owned = Vec::new();
-        for (rank, placement) in self.placements.iter().enumerate() {
-            let mut ranges = Vec::new();
-            let mut local = 0;
-            if let Placement::Sharded { dim, ranges: held }
-            | Placement::Shared { dim, ranges: held } = placement
-            {
-                along = *dim;
-                for range in held {
-                    for piece in not_in(range, &taken) {
-                        if rank == group.rank() {
-                            let start = local + piece.start - range.start;
-                            own.push(start..start + piece.len());
-                        }
-                        ranges.push(piece);
-                    }
-                    local += range.len();
-                }
-            }
-            taken.extend(ranges.iter().cloned());
-            owned.push(ranges);
-        }
-        let part = select_ranges(part, along, &own);
-        let (outer, inner) = (
-            self.shape[..along].iter().product(),
-            self.shape[along + 1..].iter().product(),
-        );
-        let length = self.shape[along];
-        let after = Blocks::replicated([outer, length, inner, 1, 1], group.size());
-        let before = after
-            .clone()
-            .with_dim(1, DimBlocks::from_ranges(length, owned));
-        let count = before.dim(1).count(group.rank());
-        let whole = group.exchange(Request {
-            collective: Collective::AllGather,
-            phase: Phase::Outside,
-            tracking: Tracking::Untracked,
-            tensor: reshape(part, [outer, count, inner, 1, 1]),
-            before: Arc::new(before),
-            after: Arc::new(after),
-            step: Step::First,
-            answers: None,
-        })?;
-        Ok(reshape(whole, std::array::from_fn(|dim| self.shape[dim])))
-    }
-}
-
-/// What of `range` is in none of `taken`.
-fn not_in(range: &Range<usize>, taken: &[Range<usize>]) -> Vec<Range<usize>> {
-    let mut left: Vec<Range<usize>> = std::iter::once(range.clone()).collect();
-    for other in taken {
-        left = left
-            .into_iter()
-            .flat_map(|range| {
-                [
-                    range.start..range.end.min(other.start),
-                    range.start.max(other.end)..range.end,
-                ]
-            })
-            .filter(|range| range.start < range.end)
-            .collect();
-    }
-    left
 }

@@ -233,6 +233,14 @@ impl Session {
         gradients::whole(gradients, module, &self.group)
     }
 
+    /// The whole module, on every rank and outside of any graph: for those who compare or write it.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn whole_module<M: Module>(&self, module: &Placed<M>) -> Result<M, CommError> {
+        place::whole(module, &self.group)
+    }
+
     /// What this rank sends in one forward and backward pass, by formula.
     pub fn expected_sends(&self) -> Elements {
         self.plan.sends(self.group.rank())

@@ -174,7 +174,7 @@ fn channels_that_are_not_the_declared_heads_are_refused() {
     assert_eq!(got, [3, 3, 3]);
     assert_eq!(
         rule,
-        "their channels must be heads of 2 in the proportion 1 : 1 : 1"
+        "their channels must be 1, 1 and 1 heads of 2: those that this rank holds"
     );
     stage.attend(x(4), x(2), x(2)).unwrap_err();
 }

@@ -364,7 +364,7 @@ impl Ending {
             sent(&traffic, Phase::Gradients),
             session.expected_reduce(count),
         );
-        Ok(reduced)
+        Ok(session.whole(reduced, placed)?)
     }
 }
 
