@@ -232,7 +232,8 @@ impl<M> ModuleVisitor for Register<'_, M> {
         let Some(&(start, length)) = self.spans.get(&param.id) else {
             return;
         };
-        let sum = self.sums.clone().narrow(0, start, length);
+        let span = start..start + length;
+        let sum = select_ranges(self.sums.clone(), 0, std::slice::from_ref(&span));
         let placement = self.placed.placement(param.id);
         let gradient = match (self.members, placement, self.placed.cut(param.id)) {
             (Members::OfOneModel, Placement::Shared { dim, ranges }, Some(cut)) => {

@@ -10,7 +10,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
 use dsp_core::gradients::reduced_parameters;
-use dsp_core::layout::LayoutError;
+use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::StageError;
 use dsp_core::strategy::{
@@ -296,7 +296,7 @@ fn toy_role(path: &str) -> Role {
 }
 
 #[test]
-fn gradients_of_reduced_parameters_are_summed_and_those_of_sharded_ones_left_alone() {
+fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_alone() {
     for dtype in [DType::F32, DType::F64] {
         for ranks in 1..=4 {
             let module = Arc::new(toy(dtype));
@@ -428,4 +428,124 @@ fn a_placed_module_has_the_devices_checkpointing_and_none_of_it_without_autodiff
         assert_eq!(toy.frozen.val().gradient_checkpointing_strategy(), strategy);
         assert!(!toy.frozen.val().is_require_grad());
     }
+}
+
+/// Three features over two ranks, of which both hold the second.
+#[derive(Debug)]
+struct Overlapping;
+
+impl SequenceParallel for Overlapping {
+    fn name(&self) -> &'static str {
+        "overlapping"
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
+    }
+
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, _ranks: usize) -> Placement {
+        match parameter.role {
+            Role::Columns { dim, .. } => Placement::Shared {
+                dim,
+                ranges: std::iter::once(2 * rank..2 * rank + 4).collect(),
+            },
+            _ => Placement::Replicated,
+        }
+    }
+}
+
+#[test]
+fn what_two_ranks_hold_has_the_sum_of_their_gradients_and_what_one_holds_its_own() {
+    let module = Arc::new(toy(DType::F64));
+    let source = module.clone();
+    let seen = launch(2, move |group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Overlapping), group.clone(), model())?;
+        let placed = session.place(&*source, toy_role, &Device::flex().autodiff());
+        let toy = &placed.module;
+        // `used`, `unused` and all of the shared one.
+        assert_eq!(reduced_parameters(&placed), 6 + 4 + 12);
+        let weight = [1.0, 10.0][group.rank()];
+        let loss = toy.sharded.val().mul_scalar(weight).sum() + toy.used.val().sum();
+        let mut gradients = session.backward(Loss::OfShard(loss))?;
+        let reduced = session.reduce(&mut gradients, &placed)?;
+        let own = values(&reduced.get::<2>(toy.sharded.id).unwrap());
+        let whole = session.whole(reduced, &placed)?;
+        let gathered = session.whole_module(&placed)?;
+        assert!(!gathered.sharded.val().is_autodiff());
+        Ok((
+            own,
+            values(&whole.get::<2>(toy.sharded.id).unwrap()),
+            values(&whole.get::<2>(toy.used.id).unwrap()),
+            bits(&gathered.sharded.val()),
+        ))
+    })
+    .unwrap();
+    let owns = [[1.0, 1.0, 11.0, 11.0], [11.0, 11.0, 10.0, 10.0]];
+    for ((own, whole, used, parameter), expected) in seen.into_iter().zip(owns) {
+        assert_eq!(own, [expected, expected].concat());
+        let row = [1.0, 1.0, 11.0, 11.0, 10.0, 10.0];
+        assert_eq!(whole, [row, row].concat());
+        assert_eq!(used, [2.0; 6]);
+        assert_eq!(parameter, bits(&module.sharded.val()));
+    }
+}
+
+#[test]
+fn replicas_add_up_their_gradients_the_sharded_ones_too() {
+    // Two replicas of a model on two ranks: ranks 0 and 1, and ranks 2 and 3.
+    let source = Arc::new(toy(DType::F64));
+    let seen = launch(4, move |world| -> Result<_, Error> {
+        let group = world.along(MeshAxis { stride: 1, size: 2 })?;
+        let replicas = world.along(MeshAxis { stride: 2, size: 2 })?;
+        let session = session(&group).with_replicas(replicas);
+        let placed = session.place(&*source, toy_role, &Device::flex().autodiff());
+        let toy = &placed.module;
+        let weight = [1.0, 10.0, 100.0, 1000.0][world.rank()];
+        let loss = (toy.sharded.val().sum() + toy.used.val().sum()).mul_scalar(weight);
+        let mut gradients = session.backward(Loss::OfShard(loss))?;
+        let reduced = session.reduce(&mut gradients, &placed)?;
+        Ok([
+            values(&reduced.get::<2>(toy.sharded.id).unwrap()),
+            values(&reduced.get::<2>(toy.used.id).unwrap()),
+        ])
+    })
+    .unwrap();
+    for (rank, [sharded, used]) in seen.into_iter().enumerate() {
+        // Rank 0 of each model holds one unit of two features, rank 1 two.
+        let (sum, held) = [(101.0, 4), (1010.0, 8)][rank % 2];
+        assert_eq!(sharded, vec![sum; held]);
+        assert_eq!(used, [1111.0; 6]);
+    }
+}
+
+#[test]
+fn a_tables_rows_are_those_of_the_ranks_positions_whether_it_holds_all_or_its_own() {
+    let layout = Layout::split([5, 1, 1], SeqAxis::FIRST, 2);
+    let x = |rank: usize| {
+        let held = layout.local_lengths(rank)[0];
+        let tensor = Tensor::zeros([1, held, 1, 1, 2], &Device::flex());
+        Shard::new(tensor, layout.clone(), rank).unwrap()
+    };
+    let table = random([7, 2], 1, DType::F64);
+    let rows = |start: usize, count: usize| values(&table.clone().narrow(0, start, count));
+    let first = SeqAxis::FIRST;
+    assert_eq!(
+        values(&x(1).rows_of(table.clone(), first).unwrap()),
+        rows(2, 3)
+    );
+    let own = table.clone().narrow(0, 2, 3);
+    assert_eq!(values(&x(1).rows_of(own, first).unwrap()), rows(2, 3));
+    let error = x(1)
+        .rows_of(table.clone().narrow(0, 0, 4), first)
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a table of 4 rows was given for sequence axis 0: it needs at least 5, or the 3 that rank 1 holds"
+    );
 }

@@ -8,7 +8,9 @@ mod common;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use common::{Case, Checkpointing, Sub, attend, cases, check, noise, values};
+use common::{
+    Case, Checkpointing, Sub, attend, cases, check, check_replicas, noise, run, values, whole,
+};
 use dsp_core::attention::Logsumexp;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Plan, StageKind};
 use dsp_core::{
@@ -108,6 +110,36 @@ proptest! {
         ranks in 1usize..=5,
     ) {
         check_all(&case, ranks, DType::F32, F32)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    #[test]
+    fn replicas_of_every_strategy_give_the_serial_gradients_of_all_samples(
+        case in (1usize..=3).prop_flat_map(cases),
+        ranks in 1usize..=3,
+    ) {
+        // A replica has a sample at least.
+        prop_assume!(case.batch == 2);
+        for strategy in dsp_strategies::all() {
+            let outcome = check_replicas(&strategy, &case, (ranks, 2), F64)?;
+            assert_refusal_is_right(strategy.name(), &case, ranks, outcome.err().as_ref())?;
+        }
+    }
+
+    #[test]
+    fn two_runs_give_the_same_bits(case in (1usize..=3).prop_flat_map(cases), ranks in 2usize..=5) {
+        for strategy in dsp_strategies::all() {
+            let once = || run(&strategy, &case, ranks, DType::F32).map(|seen| whole(&seen));
+            if let (Ok(first), Ok(second)) = (once(), once()) {
+                for (name, values) in &first {
+                    let bits = |values: &[f64]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    prop_assert_eq!(bits(values), bits(&second[name]), "{} {}", strategy.name(), name);
+                }
+            }
+        }
     }
 }
 
