@@ -46,7 +46,7 @@ const NOT_IN_CORE: [&str; 11] = [
 ];
 
 /// Features of dsp-strategies that are not strategies: the default, and Burn's backends.
-const NOT_STRATEGIES: [&str; 5] = ["default", "flex", "cuda", "wgpu", "vulkan"];
+pub(crate) const NOT_STRATEGIES: [&str; 6] = ["default", "all", "flex", "cuda", "wgpu", "vulkan"];
 
 /// Where `dsp` is not the strategy: the program's commands (and the crates' names, see [`LAYERS`]).
 const COMMANDS: [&str; 2] = ["dsp compare", "dsp verify"];

@@ -58,7 +58,7 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
             ])
             .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
-    steps.step("each strategy alone", each_strategy_alone)?;
+    steps.step("subsets of the strategies", subsets_of_the_strategies)?;
     if skip_tests {
         println!("\nthe tests are left out (--skip-tests)");
     } else {
@@ -104,24 +104,38 @@ fn optional(installed: bool, name: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// dsp-strategies compiles without any strategy, and with each alone; dsp-bench with each alone.
-fn each_strategy_alone() -> Result<()> {
+/// dsp-strategies compiles without any strategy, with each alone and, where cargo-hack is installed, with each
+/// two of them; dsp-bench with each alone.
+fn subsets_of_the_strategies() -> Result<()> {
     let packages = architecture::packages()?;
     let strategies = Package::find(&packages, "dsp-strategies")?.strategies();
     if strategies.is_empty() {
         bail!("dsp-strategies has no feature that is a strategy: this step would check nothing");
     }
-    let features = std::iter::once("flex".to_owned())
-        .chain(strategies.iter().map(|name| format!("flex,{name}")));
-    for features in features {
-        let alone = [
-            "check",
-            "-p",
-            "dsp-strategies",
-            "--no-default-features",
-            "--features",
-        ];
-        run(cargo().args(alone).arg(features))?;
+    if installed("hack") {
+        // The backend stays as it is: another one is another Burn.
+        let excluded = architecture::NOT_STRATEGIES.into_iter();
+        let excluded: Vec<_> = excluded.filter(|&name| name != "flex").collect();
+        let powerset = ["--feature-powerset", "--depth", "2", "--exclude-features"];
+        run(cargo()
+            .args(["hack", "check", "-p", "dsp-strategies"])
+            .args(powerset)
+            .arg(excluded.join(","))
+            .args(["--features", "flex"]))?;
+    } else {
+        println!("cargo-hack is not installed: each strategy alone, and no two of them");
+        let features = std::iter::once("flex".to_owned())
+            .chain(strategies.iter().map(|name| format!("flex,{name}")));
+        for features in features {
+            let alone = [
+                "check",
+                "-p",
+                "dsp-strategies",
+                "--no-default-features",
+                "--features",
+            ];
+            run(cargo().args(alone).arg(features))?;
+        }
     }
     for name in &strategies {
         // dsp-strategies and the examples stand here so that cargo settles the dependencies'
