@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use dsp_core::attention::{
-    Attended, Fold, HeadRange, Heads, Logsumexp, Problem, backward, forward, positions,
+    Attended, Fold, HeadRange, Heads, Kernel, Logsumexp, Problem, linear, positions,
 };
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
 use dsp_core::cost;
@@ -33,7 +33,7 @@ use dsp_core::error::Tracking;
 use dsp_core::group::{Request, Step};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
-    AttentionScope, AttentionStage, StageKind, StagePlan,
+    AttentionScope, AttentionStage, Form, StageKind, StagePlan,
 };
 use dsp_core::{
     AxisSet,
@@ -100,12 +100,13 @@ impl SequenceParallel for Ulysses {
         let q = forth(&inputs[0], &trade.queries)?;
         let k = forth(&inputs[1], &trade.keys)?;
         let v = forth(&inputs[2], &trade.keys)?;
-        let problem = trade.problem();
-        let (out, lse) = forward(q.clone(), k.clone(), v.clone(), &problem);
+        let held = [q, k, v];
+        let kernel = trade.kernel();
+        let kept = kernel.forward(&held);
         let back = |x, tracking| trade.to_sequence(x, &trade.queries, Phase::Forward, tracking);
-        let output = back(out.clone(), tracking)?;
-        let logsumexp = match scope.logsumexp {
-            Logsumexp::Wanted => {
+        let output = back(kept.output().clone(), tracking)?;
+        let logsumexp = match (scope.logsumexp, kept.logsumexp()) {
+            (Logsumexp::Wanted, Some(lse)) => {
                 let x = back(lse.clone().unsqueeze_dim(3), Tracking::Untracked)?;
                 Some(Shard::new(
                     vjp::constant_like(x, &inputs[0]),
@@ -113,15 +114,14 @@ impl SequenceParallel for Ulysses {
                     rank,
                 )?)
             }
-            Logsumexp::Unwanted => None,
+            _ => None,
         };
         // One node for the whole attention: separate ones could be walked back in another order on each
         // rank, for Burn orders them by depth, and the depth of what comes before may depend on the shapes.
         let output = vjp::attach3(inputs, output, move |dout| {
             let (phase, untracked) = (Phase::Backward, Tracking::Untracked);
             let dout = trade.to_heads(dout, &trade.queries, phase, untracked)?;
-            let (q, k, v) = (q.clone(), k.clone(), v.clone());
-            let (dq, dk, dv) = backward(q, k, v, out.clone(), lse.clone(), dout, &problem);
+            let [dq, dk, dv] = kernel.backward(&held, &kept, dout);
             Ok::<_, CommError>([
                 trade.to_sequence(dq, &trade.queries, phase, untracked)?,
                 trade.to_sequence(dk, &trade.keys, phase, untracked)?,
@@ -204,18 +204,26 @@ impl Trade {
     }
 
     /// This rank's attention: its query heads, over all positions.
-    fn problem(&self) -> Problem {
-        let rank = self.group.rank();
-        let all = |side: &Side| positions(&side.gathered, self.attention.axes, rank);
-        Problem {
-            heads: HeadRange {
-                query: self.queries.shares[rank].first().cloned().unwrap_or(0..0),
-                group: self.attention.heads.group(),
-            },
-            mask: self.queries.fold.mask(&self.attention.mask),
-            query_positions: all(&self.queries),
-            key_positions: all(&self.keys),
-            scale: self.attention.scale,
+    fn kernel(&self) -> Kernel {
+        let (rank, attention) = (self.group.rank(), &self.attention);
+        let heads = HeadRange {
+            query: self.queries.shares[rank].first().cloned().unwrap_or(0..0),
+            group: attention.heads.group(),
+        };
+        let all = |side: &Side| positions(&side.gathered, attention.axes, rank);
+        match &attention.form {
+            Form::Linear { decay } => Kernel::Linear(linear::Problem {
+                heads,
+                decay: decay.clone(),
+                scale: attention.scale,
+            }),
+            _ => Kernel::Softmax(Problem {
+                heads,
+                mask: self.queries.fold.mask(&attention.mask),
+                query_positions: all(&self.queries),
+                key_positions: all(&self.keys),
+                scale: attention.scale,
+            }),
         }
     }
 

@@ -24,12 +24,15 @@
 //! Sources: FlashAttention-2 (arXiv:2307.08691) for the blocks and the backward, Ring Attention
 //! (arXiv:2310.01889) for the merge, grouped-query attention (arXiv:2305.13245).
 
+mod kernel;
+pub mod linear;
 mod shard;
 mod softmax;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use kernel::{Kept, Kernel};
 pub use shard::{
     Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
     cross_attention, positions,

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{HeadRange, Mask, Problem, softmax_attention};
+use super::{HeadRange, Kernel, Mask, Problem, linear, softmax_attention};
 use crate::blocks::DIMS;
 use crate::error::Error;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
 use crate::shape::reshape;
-use crate::strategy::AttentionScope;
+use crate::strategy::{AttentionScope, Form};
 
 /// The heads of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub enum Logsumexp {
 pub struct Attended {
     /// `[B, s1, s2, s3, heads·d]`, laid out as the queries.
     pub output: Shard,
-    /// `[B, s1, s2, s3, heads]`, untracked, if it was wanted.
+    /// `[B, s1, s2, s3, heads]`, untracked, if it was wanted and the attention is softmax attention.
     pub logsumexp: Option<Shard>,
 }
 
@@ -66,6 +66,8 @@ pub struct HeldAttention<'a> {
     pub heads: &'a HeadRange,
     /// Which keys a query sees.
     pub mask: &'a Mask,
+    /// Softmax or linear.
+    pub form: &'a Form,
     /// What the scores are multiplied with.
     pub scale: f64,
 }
@@ -106,12 +108,13 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
             axes: attention.axes,
             heads: scope.heads,
             mask: &attention.mask,
+            form: &attention.form,
             scale: attention.scale,
         },
     )?;
-    let logsumexp = match scope.logsumexp {
-        Logsumexp::Wanted => Some(Shard::new(lse, layout.clone(), rank)?),
-        Logsumexp::Unwanted => None,
+    let logsumexp = match (scope.logsumexp, lse) {
+        (Logsumexp::Wanted, Some(lse)) => Some(Shard::new(lse, layout.clone(), rank)?),
+        _ => None,
     };
     Ok(Attended {
         output: Shard::new(output, layout, rank)?,
@@ -123,7 +126,8 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
 ///
 /// # Shapes
 /// - `qkv`: `[B, s1, s2, s3, heads·d]` each, of the held heads
-/// - returns: the output in the query's shape, and the logsumexp `[B, s1, s2, s3, heads]`, untracked
+/// - returns: the output in the query's shape, and the logsumexp `[B, s1, s2, s3, heads]`, untracked, which
+///   linear attention does not have
 ///
 /// # Errors
 /// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis, [`Error::Shape`] if queries and
@@ -131,7 +135,7 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
 pub fn attend_held(
     qkv: [Shard; 3],
     held: HeldAttention<'_>,
-) -> Result<(Tensor<DIMS>, Tensor<DIMS>), Error> {
+) -> Result<(Tensor<DIMS>, Option<Tensor<DIMS>>), Error> {
     let [query, key, value] = qkv;
     for axis in SeqAxis::ALL {
         if held.axes.contains(axis) {
@@ -149,21 +153,29 @@ pub fn attend_held(
     let fold = Fold::new(query.tensor().dims(), held.axes);
     let key_fold = Fold::new(key.tensor().dims(), held.axes);
     let (queries, keys) = (held.heads.query.len(), held.heads.kv().len());
-    let problem = Problem {
-        heads: held.heads.clone(),
-        mask: fold.mask(held.mask),
-        query_positions: positions(query.layout(), held.axes, query.rank()),
-        key_positions: positions(key.layout(), held.axes, key.rank()),
-        scale: held.scale,
+    let kernel = match held.form {
+        Form::Softmax => Kernel::Softmax(Problem {
+            heads: held.heads.clone(),
+            mask: fold.mask(held.mask),
+            query_positions: positions(query.layout(), held.axes, query.rank()),
+            key_positions: positions(key.layout(), held.axes, key.rank()),
+            scale: held.scale,
+        }),
+        Form::Linear { decay } => Kernel::Linear(linear::Problem {
+            heads: held.heads.clone(),
+            decay: decay.clone(),
+            scale: held.scale,
+        }),
     };
-    let (output, lse) = softmax_attention(
+    let (output, lse) = kernel.attend([
         fold.fold(query.into_tensor(), queries),
         key_fold.fold(key.into_tensor(), keys),
         key_fold.fold(value.into_tensor(), keys),
-        problem,
-    );
-    let [samples, rows, heads] = lse.dims();
-    let lse = fold.unfold(reshape(lse, [samples, rows, heads, 1]));
+    ]);
+    let lse = lse.map(|lse| {
+        let [samples, rows, heads] = lse.dims();
+        fold.unfold(reshape(lse, [samples, rows, heads, 1]))
+    });
     Ok((fold.unfold(output), lse))
 }
 
