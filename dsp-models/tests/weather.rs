@@ -294,6 +294,30 @@ fn a_causal_forecast_knows_nothing_of_later_times_and_a_full_one_does() {
 }
 
 #[test]
+fn attention_over_time_tells_the_order_of_the_times() {
+    // Two times of one season whose fields change places: without positions, so would the forecasts.
+    let tiny = Tiny {
+        size: [2, 2, 2],
+        batch: 1,
+        time_mask: TimeMask::Full,
+        ..small(1)
+    };
+    let mut case = WeatherCase::clone(&tiny.case());
+    case.grid = Grid::new(vec![-90.0, 0.0], vec![0.0, 20.0], vec![vec![0.5, 0.5]]).unwrap();
+    let mut swapped = case.clone();
+    let half = swapped.fields.values.len() / 2;
+    swapped.fields.values.rotate_left(half);
+    let [mut there, back] = [case, swapped].map(|case| {
+        let run = Arc::new(case).run(&dsp_strategies::all()[0], 1).unwrap();
+        run.found["out"].values.clone()
+    });
+    there.rotate_left(half);
+    let pairs = there.iter().zip(&back);
+    let apart = pairs.fold(0.0, |apart: f64, (a, b)| apart.max((a - b).abs()));
+    assert!(apart > 1e-3, "{apart}");
+}
+
+#[test]
 fn the_loss_is_the_squared_error_by_the_cosine_of_the_latitude() {
     let tiny = small(1);
     let case = tiny.case();
