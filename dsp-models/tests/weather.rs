@@ -258,39 +258,47 @@ fn two_runs_give_the_same_bits() {
     }
 }
 
-/// The serial output of [`small`] with the time mask, and the same after the fields of the last time were changed.
-fn before_and_after_a_change_of_the_last_time(time_mask: TimeMask) -> [Vec<f64>; 2] {
+/// At which times and points one layer's forecast changes if the fields change at one point of the second time.
+fn changed(time_mask: TimeMask) -> Vec<bool> {
     let tiny = Tiny {
         time_mask,
+        batch: 1,
+        depth: 1,
         ..small(1)
     };
-    let serial = &dsp_strategies::all()[0];
     let before = tiny.case();
     let mut after = WeatherCase::clone(&before);
-    let per_time: usize = after.fields.shape[2..].iter().product();
-    for (index, value) in after.fields.values.iter_mut().enumerate() {
-        if index / per_time % tiny.size[0] == tiny.size[0] - 1 {
-            *value += 1.0;
-        }
-    }
-    [before, Arc::new(after)].map(|case| case.run(serial, 1).unwrap().found["out"].values.clone())
+    let [_, rows, columns] = tiny.size;
+    let point = rows * columns + columns + 2;
+    after.fields.values[point * tiny.variables] += 1.0;
+    let [before, after] = [before, Arc::new(after)].map(|case| {
+        let run = case.run(&dsp_strategies::all()[0], 1).unwrap();
+        run.found["out"].values.clone()
+    });
+    let pairs = before
+        .chunks(tiny.variables)
+        .zip(after.chunks(tiny.variables));
+    pairs.map(|(before, after)| before != after).collect()
 }
 
 #[test]
-fn a_causal_forecast_knows_nothing_of_later_times_and_a_full_one_does() {
+fn a_layer_carries_a_change_everywhere_and_a_causal_one_not_to_earlier_times() {
     let [times, rows, columns] = small(1).size;
-    let per_time = rows * columns * small(1).variables;
-    let earlier = |values: &[f64]| -> Vec<f64> {
-        let is_earlier = |index: usize| index / per_time % times != times - 1;
-        (values.iter().enumerate())
-            .filter_map(|(index, &value)| is_earlier(index).then_some(value))
-            .collect()
-    };
-    let [before, after] = before_and_after_a_change_of_the_last_time(TimeMask::Causal);
-    assert_ne!(before, after);
-    assert_eq!(earlier(&before), earlier(&after));
-    let [before, after] = before_and_after_a_change_of_the_last_time(TimeMask::Full);
-    assert_ne!(earlier(&before), earlier(&after));
+    let points = rows * columns;
+    let is_later: Vec<bool> = (0..times * points).map(|point| point >= points).collect();
+    assert_eq!(changed(TimeMask::Causal), is_later);
+    assert_eq!(changed(TimeMask::Full), vec![true; times * points]);
+}
+
+#[test]
+fn every_parameter_takes_part() {
+    let case = small(1).case();
+    let run = case.run(&dsp_strategies::all()[0], 1).unwrap();
+    let names = named_parameters(&case.template).unwrap();
+    for name in names.keys() {
+        let gradient = &run.found[&format!("grad.{name}")].values;
+        assert!(gradient.iter().any(|value| value.abs() > 1e-9), "{name}");
+    }
 }
 
 #[test]
