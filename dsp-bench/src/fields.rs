@@ -444,12 +444,13 @@ impl File {
             source,
         })?;
 
-        let points = seasons.len() * latitudes.len() * longitudes.len();
-        let mut values = vec![0.0; points * names.len()];
+        let mut values = Vec::new();
         let mut variables = Vec::with_capacity(names.len());
         for (index, name) in names.iter().enumerate() {
             let measured = self.values(name)?;
             let variable = self.normal(name, &measured)?;
+            // Not before a variable was read: until then the lengths are only what a header claims.
+            values.resize(measured.len() * names.len(), 0.0);
             for (point, &value) in measured.iter().enumerate() {
                 if value.is_finite() {
                     let normal = (value - variable.mean) / variable.deviation;
