@@ -271,7 +271,7 @@ impl Steps {
         let (backward, parameters) = match self.passes {
             Passes::Forward => (0, 0),
             Passes::ForwardBackward => {
-                let count = dsp_core::gradients::replicated_parameters(&placed);
+                let count = dsp_core::gradients::reduced_parameters(&placed);
                 (sends.backward, session.expected_reduce(count))
             }
         };

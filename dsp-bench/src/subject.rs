@@ -272,9 +272,10 @@ impl StepGradients {
         placed: &Placed<VideoDit>,
     ) -> Result<Gradients, SubjectError> {
         let input = all_reduce_in(self.input, Phase::Outside, session.group())?;
+        let parameters = session.whole(self.parameters, placed)?;
         Ok(Gradients {
             input: input.into_data(),
-            parameters: named_gradients(&placed.module, &self.parameters)?,
+            parameters: named_gradients(&placed.module, &parameters)?,
         })
     }
 }

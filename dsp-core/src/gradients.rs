@@ -1,7 +1,8 @@
 //! The reduction of gradients after a backward pass: replicated parameters' are summed over the ranks, sharded
-//! ones' are whole already.
+//! ones' are whole already, and what several ranks hold is summed over those; replicas' are summed in any case.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
@@ -10,18 +11,20 @@ use burn::tensor::{Gradients, Tensor};
 use crate::collective::all_reduce_in;
 use crate::error::CommError;
 use crate::group::Group;
+use crate::layout::select_ranges;
 use crate::ledger::Phase;
 use crate::place::Placed;
 use crate::shape::reshape;
 use crate::strategy::Placement;
 
-/// The module's gradients, those of replicated parameters summed over the group.
+/// The module's gradients, those of replicated and shared parameters summed over the group.
 ///
 /// All go through one flat bucket and one all-reduce. A parameter that this rank did not use has no gradient
-/// here and enters with zeros; the bucket's order is the module's, the same on every rank.
+/// here and enters with zeros; so do those parts of a shared parameter that the rank does not hold. The bucket's
+/// order is the module's, the same on every rank.
 ///
 /// # Cost
-/// One all-reduce of as many elements as there are replicated, trainable parameters.
+/// One all-reduce of as many elements as [`reduced_parameters`] says.
 ///
 /// # Errors
 /// [`CommError`] if a rank fails.
@@ -31,16 +34,106 @@ pub fn reduce<M: Module>(
     group: &Group,
 ) -> Result<GradientsParams, CommError> {
     let mut own = GradientsParams::from_module(gradients, &placed.module);
+    sum_in_bucket(&mut own, placed, Members::OfOneModel, group)?;
+    Ok(own)
+}
+
+/// Sums all of the module's gradients over a group whose ranks hold the same parts of it: replicas.
+///
+/// # Cost
+/// One all-reduce of as many elements as this rank holds trainable parameters.
+///
+/// # Errors
+/// [`CommError`] if a rank fails.
+pub fn sum<M: Module>(
+    gradients: &mut GradientsParams,
+    placed: &Placed<M>,
+    replicas: &Group,
+) -> Result<(), CommError> {
+    sum_in_bucket(gradients, placed, Members::Replicas, replicas)
+}
+
+/// The gradients in the parameters' whole shapes: the parts of sharded ones are gathered, one after the other.
+///
+/// # Cost
+/// An all-gather of each sharded or shared parameter, counted outside of the passes.
+///
+/// # Errors
+/// [`CommError`] if a rank fails.
+pub fn whole<M: Module>(
+    mut gradients: GradientsParams,
+    placed: &Placed<M>,
+    group: &Group,
+) -> Result<GradientsParams, CommError> {
+    let mut gather = Gather {
+        gradients: &mut gradients,
+        placed,
+        group,
+        seen: HashSet::new(),
+        outcome: Ok(()),
+    };
+    placed.module.visit(&mut gather);
+    gather.outcome?;
+    Ok(gradients)
+}
+
+/// The number of elements that [`reduce`] sums: the replicated parameters and the shared ones, whole.
+pub fn reduced_parameters<M: Module>(placed: &Placed<M>) -> usize {
+    struct Count<'a, M> {
+        placed: &'a Placed<M>,
+        seen: HashSet<ParamId>,
+        elements: usize,
+    }
+    impl<M> ModuleVisitor for Count<'_, M> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if !self.seen.insert(param.id) || !param.is_require_grad() {
+                return;
+            }
+            self.elements += match self.placed.placement(param.id) {
+                Placement::Replicated => param.shape().num_elements(),
+                Placement::Sharded { .. } => 0,
+                Placement::Shared { .. } => {
+                    let cut = self.placed.cut(param.id);
+                    cut.map_or(0, |cut| cut.shape.iter().product())
+                }
+            };
+        }
+    }
+    let mut count = Count {
+        placed,
+        seen: HashSet::new(),
+        elements: 0,
+    };
+    placed.module.visit(&mut count);
+    count.elements
+}
+
+/// Who takes part in a sum.
+#[derive(Clone, Copy, PartialEq)]
+enum Members {
+    /// The ranks over which one model is spread: sharded parameters stay out.
+    OfOneModel,
+    /// Ranks that hold the same parts.
+    Replicas,
+}
+
+fn sum_in_bucket<M: Module>(
+    gradients: &mut GradientsParams,
+    placed: &Placed<M>,
+    members: Members,
+    group: &Group,
+) -> Result<(), CommError> {
     let mut bucket = Collect {
-        gradients: &mut own,
-        is_replicated: |id| *placed.placement(id) == Placement::Replicated,
+        gradients,
+        placed,
+        members,
         seen: HashSet::new(),
         flat: Vec::new(),
     };
     placed.module.visit(&mut bucket);
     let flat = bucket.flat;
     if flat.is_empty() {
-        return Ok(own);
+        return Ok(());
     }
     let mut offset = 0;
     let mut spans = HashMap::new();
@@ -54,73 +147,128 @@ pub fn reduce<M: Module>(
     placed.module.visit(&mut Register {
         sums,
         spans,
-        gradients: &mut own,
-    });
-    Ok(own)
-}
-
-/// The number of elements that [`reduce`] sums.
-pub fn replicated_parameters<M: Module>(placed: &Placed<M>) -> usize {
-    struct Count<'a, M> {
-        placed: &'a Placed<M>,
-        seen: HashSet<ParamId>,
-        elements: usize,
-    }
-    impl<M> ModuleVisitor for Count<'_, M> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let is_replicated = *self.placed.placement(param.id) == Placement::Replicated;
-            if self.seen.insert(param.id) && is_replicated && param.is_require_grad() {
-                self.elements += param.shape().num_elements();
-            }
-        }
-    }
-    let mut count = Count {
         placed,
-        seen: HashSet::new(),
-        elements: 0,
-    };
-    placed.module.visit(&mut count);
-    count.elements
+        members,
+        gradients,
+    });
+    Ok(())
 }
 
-struct Collect<'a, F> {
+struct Collect<'a, M> {
     gradients: &'a mut GradientsParams,
-    is_replicated: F,
+    placed: &'a Placed<M>,
+    members: Members,
     seen: HashSet<ParamId>,
     flat: Vec<(ParamId, Tensor<1>)>,
 }
 
-impl<F: Fn(ParamId) -> bool> ModuleVisitor for Collect<'_, F> {
+impl<M> ModuleVisitor for Collect<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         // A parameter that the module holds in two places has one gradient.
-        let is_new = self.seen.insert(param.id);
-        if !is_new || !param.is_require_grad() || !(self.is_replicated)(param.id) {
+        if !self.seen.insert(param.id) || !param.is_require_grad() {
             return;
         }
-        let count = param.shape().num_elements();
-        let gradient = match self.gradients.remove::<D>(param.id) {
-            Some(gradient) => reshape(gradient, [count]),
-            None => {
-                let value = param.val().inner();
-                Tensor::zeros([count], (&value.device(), value.dtype()))
-            }
+        let placement = match self.members {
+            Members::OfOneModel => self.placed.placement(param.id),
+            Members::Replicas => &Placement::Replicated,
         };
-        self.flat.push((param.id, gradient));
+        if matches!(placement, Placement::Sharded { .. }) {
+            return;
+        }
+        let gradient = self.gradients.remove::<D>(param.id).unwrap_or_else(|| {
+            let value = param.val().inner();
+            Tensor::zeros(value.dims(), (&value.device(), value.dtype()))
+        });
+        let gradient = match (placement, self.placed.cut(param.id)) {
+            (Placement::Shared { dim, ranges }, Some(cut)) => {
+                spread(gradient, *dim, ranges, cut.shape[*dim])
+            }
+            _ => gradient,
+        };
+        let count = gradient.shape().num_elements();
+        self.flat.push((param.id, reshape(gradient, [count])));
     }
 }
 
-struct Register<'a> {
+/// A part of a parameter in its place, zeros around it.
+fn spread<const D: usize>(
+    part: Tensor<D>,
+    dim: usize,
+    ranges: &[Range<usize>],
+    length: usize,
+) -> Tensor<D> {
+    let like = (&part.device(), part.dtype());
+    let zeros = |count: usize| {
+        let mut shape = part.dims();
+        shape[dim] = count;
+        Tensor::<D>::zeros(shape, like)
+    };
+    let mut pieces = Vec::new();
+    let (mut taken, mut end) = (0, 0);
+    for range in ranges.iter().filter(|range| !range.is_empty()) {
+        if range.start > end {
+            pieces.push(zeros(range.start - end));
+        }
+        pieces.push(part.clone().narrow(dim, taken, range.len()));
+        taken += range.len();
+        end = range.end;
+    }
+    if length > end {
+        pieces.push(zeros(length - end));
+    }
+    Tensor::cat(pieces, dim)
+}
+
+struct Register<'a, M> {
     sums: Tensor<1>,
     spans: HashMap<ParamId, (usize, usize)>,
+    placed: &'a Placed<M>,
+    members: Members,
     gradients: &'a mut GradientsParams,
 }
 
-impl ModuleVisitor for Register<'_> {
+impl<M> ModuleVisitor for Register<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(&(start, length)) = self.spans.get(&param.id) {
-            let sum = self.sums.clone().narrow(0, start, length);
-            let gradient = reshape(sum, param.shape().dims::<D>());
-            self.gradients.register(param.id, gradient);
+        let Some(&(start, length)) = self.spans.get(&param.id) else {
+            return;
+        };
+        let span = start..start + length;
+        let sum = select_ranges(self.sums.clone(), 0, std::slice::from_ref(&span));
+        let placement = self.placed.placement(param.id);
+        let gradient = match (self.members, placement, self.placed.cut(param.id)) {
+            (Members::OfOneModel, Placement::Shared { dim, ranges }, Some(cut)) => {
+                let shape = std::array::from_fn(|dim| cut.shape[dim]);
+                select_ranges(reshape::<_, D>(sum, shape), *dim, ranges)
+            }
+            _ => reshape(sum, param.shape().dims::<D>()),
+        };
+        self.gradients.register(param.id, gradient);
+    }
+}
+
+struct Gather<'a, M> {
+    gradients: &'a mut GradientsParams,
+    placed: &'a Placed<M>,
+    group: &'a Group,
+    seen: HashSet<ParamId>,
+    outcome: Result<(), CommError>,
+}
+
+impl<M> ModuleVisitor for Gather<'_, M> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(cut) = self.placed.cut(param.id) else {
+            return;
+        };
+        if !self.seen.insert(param.id) || !param.is_require_grad() || self.outcome.is_err() {
+            return;
+        }
+        let part = self.gradients.remove::<D>(param.id).unwrap_or_else(|| {
+            let value = param.val().inner();
+            Tensor::zeros(value.dims(), (&value.device(), value.dtype()))
+        });
+        match cut.gather(part, self.group) {
+            Ok(whole) => self.gradients.register(param.id, whole),
+            Err(error) => self.outcome = Err(error),
         }
     }
 }

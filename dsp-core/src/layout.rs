@@ -204,6 +204,22 @@ pub enum LayoutError {
         /// The axis.
         axis: SeqAxis,
     },
+    /// A table that has a row neither for each position of an axis nor for each that the rank holds.
+    #[error(
+        "a table of {rows} rows was given for {axis}: it needs at least {length}, or the {held} that rank {rank} holds"
+    )]
+    Table {
+        /// The table's rows.
+        rows: usize,
+        /// The axis.
+        axis: SeqAxis,
+        /// Its global length.
+        length: usize,
+        /// How many of its positions the rank holds.
+        held: usize,
+        /// The rank.
+        rank: usize,
+    },
     /// A change of layout for which there is no single collective.
     #[error("no collective leads from {from} to {to}")]
     NoPath {
@@ -340,6 +356,22 @@ impl Layout {
             .filter(|&axis| self.is_split(axis))
             .collect();
         AxisSet::of(&split)
+    }
+
+    /// The axis that is split and its partition, the first if there are several.
+    pub fn split_axis(&self) -> Option<(SeqAxis, &Partition)> {
+        SeqAxis::ALL
+            .into_iter()
+            .find_map(|axis| match self.axis(axis) {
+                AxisLayout::Split { partition, .. } => Some((axis, partition)),
+                AxisLayout::Whole => None,
+            })
+    }
+
+    /// The positions of all axes but `axis` together.
+    pub fn positions_beside(&self, axis: SeqAxis) -> usize {
+        let others = SeqAxis::ALL.into_iter().filter(|&other| other != axis);
+        others.map(|other| self.length(other)).product()
     }
 
     /// The global ranges of `axis` that `rank` holds, in its local order.
@@ -493,6 +525,35 @@ impl Shard {
     /// The global ranges of `axis` that this rank holds, in local order.
     pub fn positions(&self, axis: SeqAxis) -> Vec<Range<usize>> {
         self.layout.ranges(axis, self.rank)
+    }
+
+    /// The rows of a table that belong to this rank's positions of `axis`, in local order.
+    ///
+    /// # Shapes
+    /// - `table`: `[rows, channels]`, a row for each position (more are ignored); or this rank's rows already, as
+    ///   a strategy leaves them that shards tables ([`Role::Table`](crate::strategy::Role))
+    /// - returns: `[positions held, channels]`
+    ///
+    /// # Errors
+    /// [`LayoutError::Table`] if the table has neither.
+    pub fn rows_of<const D: usize>(
+        &self,
+        table: Tensor<D>,
+        axis: SeqAxis,
+    ) -> Result<Tensor<D>, LayoutError> {
+        let (rows, length) = (table.dims()[0], self.layout.length(axis));
+        let held = self.layout.local_lengths(self.rank)[axis.index()];
+        match rows {
+            _ if rows >= length => Ok(select_ranges(table, 0, &self.positions(axis))),
+            _ if rows == held => Ok(table),
+            _ => Err(LayoutError::Table {
+                rows,
+                axis,
+                length,
+                held,
+                rank: self.rank,
+            }),
+        }
     }
 
     /// Applies a position-wise function: the number of channels may change, the positions may not.

@@ -32,7 +32,8 @@ pub fn project_without_bias<const D: usize>(x: Tensor<D>, layer: &Linear) -> Ten
 /// `x·W + b` for a weight and a bias.
 ///
 /// # Shapes
-/// - `x`: `[…, in]`, any of whose dims may be 0; `weight`: `[in, out]`; `bias`: `[out]`
+/// - `x`: `[…, in]`, any of whose dims may be 0; `weight`: `[in, out]`, of which either may be 0 where a rank holds
+///   no part of it; `bias`: `[out]`
 /// - returns: `[…, out]`
 ///
 /// # Gradient
@@ -50,15 +51,15 @@ pub fn affine<const D: usize>(
 
     let mut y = times(inner_x.clone(), inner_w.clone());
     if let Some(bias) = &bias {
-        y = y + bias.clone().inner().unsqueeze();
+        y = y + leading_ones(bias.clone().inner());
     }
     let has_bias = bias.is_some();
     let bias = match bias {
-        Some(bias) => bias.unsqueeze(),
+        Some(bias) => leading_ones(bias),
         None => Tensor::zeros([1; D], (&device, dtype)),
     };
     let bias_dims = bias.dims();
-    let weight: Tensor<D> = weight.unsqueeze();
+    let weight: Tensor<D> = leading_ones(weight);
     let unsqueezed = weight.dims();
     attach3([x, weight, bias], y, move |gradient: Tensor<D>| {
         let options = (&gradient.device(), dtype);
@@ -66,23 +67,20 @@ pub fn affine<const D: usize>(
             true => times(gradient.clone(), inner_w.clone().transpose()),
             false => Tensor::zeros(x_dims, options),
         };
-        if rows == 0 {
-            let [dw, db] = [unsqueezed, bias_dims].map(|dims| Tensor::zeros(dims, options));
-            return Ok::<_, Infallible>([dx, dw, db]);
-        }
-        let gradient: Tensor<2> = gradient.reshape([rows, weight_dims[1]]);
-        let db = match has_bias {
-            true => gradient.clone().sum_dim(0).reshape(bias_dims),
+        let [inputs, outputs] = weight_dims;
+        let gradient: Tensor<2> = reshape(gradient, [rows, outputs]);
+        let db = match has_bias && rows * outputs > 0 {
+            true => reshape(gradient.clone().sum_dim(0), bias_dims),
             false => Tensor::zeros(bias_dims, options),
         };
-        let dw = match weight_tracked {
+        let dw = match weight_tracked && rows * inputs * outputs > 0 {
             true => {
-                let x: Tensor<2> = inner_x.clone().reshape([rows, weight_dims[0]]);
-                x.transpose().matmul(gradient).reshape(unsqueezed)
+                let x: Tensor<2> = reshape(inner_x.clone(), [rows, inputs]);
+                reshape(x.transpose().matmul(gradient), unsqueezed)
             }
             false => Tensor::zeros(unsqueezed, options),
         };
-        Ok([dx, dw, db])
+        Ok::<_, Infallible>([dx, dw, db])
     })
 }
 
@@ -99,11 +97,18 @@ pub fn times<const D: usize>(x: Tensor<D>, matrix: Tensor<2>) -> Tensor<D> {
     let (rows, [inputs, outputs]) = (rows_of(&dims), matrix.dims());
     assert_eq!(dims[D - 1], inputs, "a linear layer's input has its width");
     dims[D - 1] = outputs;
-    if rows == 0 {
+    if rows * inputs * outputs == 0 {
         return Tensor::zeros(dims, (&x.device(), x.dtype()));
     }
     let product = reshape(x, [rows, inputs]).matmul(matrix);
     reshape(product, dims)
+}
+
+/// The tensor with dims of 1 before its own. (Burn's own takes an empty dim for one that it shall keep.)
+fn leading_ones<const FROM: usize, const TO: usize>(x: Tensor<FROM>) -> Tensor<TO> {
+    let mut dims = [1; TO];
+    dims[TO - FROM..].copy_from_slice(&x.dims());
+    reshape(x, dims)
 }
 
 fn rows_of(dims: &[usize]) -> usize {
@@ -172,5 +177,29 @@ mod tests {
             &weight.inner().zeros_like(),
         );
         close(&bias.grad(&gradients).unwrap(), &bias.inner().zeros_like());
+    }
+
+    #[test]
+    fn a_layer_without_features_gives_its_bias_and_gradients_of_0() {
+        let device = Device::flex().autodiff();
+        for [inputs, outputs] in [[0, 5], [4, 0]] {
+            let x = drawn([2, 3, inputs], 0, &device).require_grad();
+            let weight = drawn([inputs, outputs], 1, &device).require_grad();
+            let bias = drawn([outputs], 2, &device).require_grad();
+            let y = affine(x.clone(), weight.clone(), Some(bias.clone()));
+            let zeros = Tensor::zeros([2, 3, outputs], (&Device::flex(), DType::F64));
+            close(
+                &y.clone().inner(),
+                &(zeros + reshape(bias.clone().inner(), [1, 1, outputs])),
+            );
+            let gradients = y.sum().backward();
+            assert_eq!(weight.grad(&gradients).unwrap().dims(), [inputs, outputs]);
+            close(
+                &x.grad(&gradients).unwrap(),
+                &x.clone().inner().zeros_like(),
+            );
+            let six = Tensor::full([outputs], 6.0, (&Device::flex(), DType::F64));
+            close(&bias.grad(&gradients).unwrap(), &six);
+        }
     }
 }

@@ -5,11 +5,18 @@
 //! passes would wait for each other for ever. A placed module cannot: it is made from untracked values.
 
 use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Device, GradientCheckpointingStrategy, Tensor};
 
+use crate::blocks::{Blocks, DimBlocks};
+use crate::error::{CommError, Tracking};
+use crate::group::{Group, Request, Step};
 use crate::layout::select_ranges;
+use crate::ledger::{Collective, Phase};
+use crate::shape::reshape;
 use crate::strategy::Placement;
 
 /// A module whose parameters are this rank's.
@@ -17,27 +24,45 @@ use crate::strategy::Placement;
 pub struct Placed<M> {
     /// The module.
     pub module: M,
-    sharded: HashMap<ParamId, Placement>,
+    rank: usize,
+    cuts: HashMap<ParamId, Cut>,
+}
+
+/// A parameter that is not whole on every rank.
+#[derive(Debug, Clone)]
+pub(crate) struct Cut {
+    /// Its whole shape.
+    pub(crate) shape: Vec<usize>,
+    /// What each rank holds.
+    pub(crate) placements: Vec<Placement>,
 }
 
 impl<M> Placed<M> {
     /// The placement of a parameter.
     pub fn placement(&self, id: ParamId) -> &Placement {
-        self.sharded.get(&id).unwrap_or(&Placement::Replicated)
+        self.cuts
+            .get(&id)
+            .map_or(&Placement::Replicated, |cut| &cut.placements[self.rank])
+    }
+
+    pub(crate) fn cut(&self, id: ParamId) -> Option<&Cut> {
+        self.cuts.get(&id)
     }
 }
 
-/// A module cut by the placement that `placement` gives for each parameter's path and shape. See
+/// A module cut by what `placements` gives for each parameter's path and shape: a placement a rank. See
 /// [`crate::Session::place`].
 pub fn place<M: Module>(
     module: &M,
-    placement: impl Fn(&str, &[usize]) -> Placement,
+    placements: impl Fn(&str, &[usize]) -> Vec<Placement>,
+    rank: usize,
     device: &Device,
 ) -> Placed<M> {
     let mut cutter = Cutter {
         path: Vec::new(),
-        placement,
-        sharded: HashMap::new(),
+        placements,
+        rank,
+        cuts: HashMap::new(),
     };
     // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
     // were trainable. Without autodiff on the device there is nothing to train.
@@ -48,7 +73,8 @@ pub fn place<M: Module>(
     };
     Placed {
         module,
-        sharded: cutter.sharded,
+        rank,
+        cuts: cutter.cuts,
     }
 }
 
@@ -63,11 +89,12 @@ impl ModuleMapper for Checkpointing {
 
 struct Cutter<F> {
     path: Vec<String>,
-    placement: F,
-    sharded: HashMap<ParamId, Placement>,
+    placements: F,
+    rank: usize,
+    cuts: HashMap<ParamId, Cut>,
 }
 
-impl<F: Fn(&str, &[usize]) -> Placement> ModuleMapper for Cutter<F> {
+impl<F: Fn(&str, &[usize]) -> Vec<Placement>> ModuleMapper for Cutter<F> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.push(name.to_owned());
     }
@@ -77,13 +104,128 @@ impl<F: Fn(&str, &[usize]) -> Placement> ModuleMapper for Cutter<F> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let shape = param.lazy_shape();
-        let placement = (self.placement)(&self.path.join("."), shape.as_slice());
-        let Placement::Sharded { dim, ranges } = &placement else {
-            return param;
+        let shape = param.lazy_shape().as_slice().to_vec();
+        let placements = (self.placements)(&self.path.join("."), &shape);
+        let (dim, ranges) = match &placements[self.rank] {
+            Placement::Replicated => return param,
+            Placement::Sharded { dim, ranges } | Placement::Shared { dim, ranges } => {
+                (*dim, ranges.clone())
+            }
         };
-        let (dim, ranges) = (*dim, ranges.clone());
-        self.sharded.insert(param.id, placement);
+        self.cuts.insert(param.id, Cut { shape, placements });
         param.map(|tensor| select_ranges(tensor, dim, &ranges))
     }
+}
+
+/// The whole module, on every rank: the parts of sharded parameters are gathered, one after the other. See
+/// [`crate::Session::whole_module`].
+pub fn whole<M: Module>(placed: &Placed<M>, group: &Group) -> Result<M, CommError> {
+    let mut gather = Gather {
+        cuts: &placed.cuts,
+        group,
+        outcome: Ok(()),
+    };
+    let module = placed.module.valid().map(&mut gather);
+    gather.outcome.map(|()| module)
+}
+
+struct Gather<'a> {
+    cuts: &'a HashMap<ParamId, Cut>,
+    group: &'a Group,
+    outcome: Result<(), CommError>,
+}
+
+impl ModuleMapper for Gather<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(cut) = self.cuts.get(&param.id) else {
+            return param;
+        };
+        param.map(|part| {
+            if self.outcome.is_err() {
+                return part;
+            }
+            match cut.gather(part.clone(), self.group) {
+                Ok(whole) => whole,
+                Err(error) => {
+                    self.outcome = Err(error);
+                    part
+                }
+            }
+        })
+    }
+}
+
+impl Cut {
+    /// The whole parameter, or its gradient, outside of any graph, from the ranks' parts. Of what several ranks hold, the first one's
+    /// counts.
+    pub(crate) fn gather<const D: usize>(
+        &self,
+        part: Tensor<D>,
+        group: &Group,
+    ) -> Result<Tensor<D>, CommError> {
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        let (mut along, mut own) = (0, Vec::new());
+        let mut owned = Vec::new();
+        for (rank, placement) in self.placements.iter().enumerate() {
+            let mut ranges = Vec::new();
+            let mut local = 0;
+            if let Placement::Sharded { dim, ranges: held }
+            | Placement::Shared { dim, ranges: held } = placement
+            {
+                along = *dim;
+                for range in held {
+                    for piece in not_in(range, &taken) {
+                        if rank == group.rank() {
+                            let start = local + piece.start - range.start;
+                            own.push(start..start + piece.len());
+                        }
+                        ranges.push(piece);
+                    }
+                    local += range.len();
+                }
+            }
+            taken.extend(ranges.iter().cloned());
+            owned.push(ranges);
+        }
+        let part = select_ranges(part, along, &own);
+        let (outer, inner) = (
+            self.shape[..along].iter().product(),
+            self.shape[along + 1..].iter().product(),
+        );
+        let length = self.shape[along];
+        let after = Blocks::replicated([outer, length, inner, 1, 1], group.size());
+        let before = after
+            .clone()
+            .with_dim(1, DimBlocks::from_ranges(length, owned));
+        let count = before.dim(1).count(group.rank());
+        let whole = group.exchange(Request {
+            collective: Collective::AllGather,
+            phase: Phase::Outside,
+            tracking: Tracking::Untracked,
+            tensor: reshape(part.inner(), [outer, count, inner, 1, 1]),
+            before: Arc::new(before),
+            after: Arc::new(after),
+            step: Step::First,
+            answers: None,
+        })?;
+        Ok(reshape(whole, std::array::from_fn(|dim| self.shape[dim])))
+    }
+}
+
+/// What of `range` is in none of `taken`.
+fn not_in(range: &Range<usize>, taken: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut left: Vec<Range<usize>> = std::iter::once(range.clone()).collect();
+    for other in taken {
+        left = left
+            .into_iter()
+            .flat_map(|range| {
+                [
+                    range.start..range.end.min(other.start),
+                    range.start.max(other.end)..range.end,
+                ]
+            })
+            .filter(|range| range.start < range.end)
+            .collect();
+    }
+    left
 }

@@ -10,7 +10,7 @@ use burn::nn::Linear;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
 
-use crate::attention::{self, Attended, Logsumexp};
+use crate::attention::{self, Attended, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
 use crate::collective::relayout;
 use crate::cost::{self, Elements};
@@ -77,6 +77,7 @@ pub enum Loss {
 pub struct Session {
     strategy: Arc<dyn SequenceParallel>,
     group: Group,
+    replicas: Option<Group>,
     model: Arc<ModelShape>,
     plan: Arc<Plan>,
 }
@@ -96,9 +97,22 @@ impl Session {
         Ok(Self {
             strategy,
             group,
+            replicas: None,
             model: Arc::new(model),
             plan: Arc::new(plan),
         })
+    }
+
+    /// The same session, one of several that train one model on different data: `replicas` are the ranks that
+    /// hold this rank's part in each of them. [`reduce`](Self::reduce) then sums over them too, so each loss's
+    /// terms are over the global count of terms, that of all replicas.
+    ///
+    /// On a mesh of `ranks × replicas`: `world.along(MeshAxis { stride: 1, size: ranks })` is the group,
+    /// `world.along(MeshAxis { stride: ranks, size: replicas })` these.
+    #[must_use]
+    pub fn with_replicas(mut self, replicas: Group) -> Self {
+        self.replicas = Some(replicas);
+        self
     }
 
     /// The ranks.
@@ -116,7 +130,7 @@ impl Session {
         &self.model
     }
 
-    /// This rank's part of a module: replicated parameters are shared, sharded ones cut, and each becomes a
+    /// This rank's part of a module: replicated parameters are whole, sharded ones cut, and each becomes a
     /// leaf of this rank's own autodiff graph, which no other rank's touches.
     ///
     /// `roles` gives the [`Role`](crate::strategy::Role) of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
@@ -127,17 +141,19 @@ impl Session {
         roles: impl Fn(&str) -> P,
         device: &Device,
     ) -> Placed<M> {
-        let placement = |path: &str, shape: &[usize]| {
+        let ranks = self.group.size();
+        let placements = |path: &str, shape: &[usize]| {
             let Part { role, stage } = roles(path).into();
             let parameter = Parameter {
                 role,
                 shape,
+                plan: &self.plan,
                 stage: stage.and_then(|stage| self.plan.stages.get(stage)),
             };
-            let (rank, ranks) = (self.group.rank(), self.group.size());
-            self.strategy.placement(&parameter, rank, ranks)
+            let placement = |rank| self.strategy.placement(&parameter, rank, ranks);
+            (0..ranks).map(placement).collect()
         };
-        place::place(module, placement, device)
+        place::place(module, placements, self.group.rank(), device)
     }
 
     /// This rank's part of an input that every rank holds whole.
@@ -187,7 +203,8 @@ impl Session {
         }
     }
 
-    /// The module's gradients, those of replicated parameters summed over the ranks in one bucket.
+    /// The module's gradients: those of replicated parameters summed over the ranks in one bucket, and then all
+    /// of them over the replicas, if there are any.
     ///
     /// # Errors
     /// [`CommError`] if a rank fails.
@@ -196,7 +213,32 @@ impl Session {
         gradients: &mut Gradients,
         module: &Placed<M>,
     ) -> Result<GradientsParams, CommError> {
-        gradients::reduce(gradients, module, &self.group)
+        let mut reduced = gradients::reduce(gradients, module, &self.group)?;
+        if let Some(replicas) = &self.replicas {
+            gradients::sum(&mut reduced, module, replicas)?;
+        }
+        Ok(reduced)
+    }
+
+    /// Gradients in the parameters' whole shapes, for those who compare or write them: the parts of sharded ones
+    /// are gathered.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn whole<M: Module>(
+        &self,
+        gradients: GradientsParams,
+        module: &Placed<M>,
+    ) -> Result<GradientsParams, CommError> {
+        gradients::whole(gradients, module, &self.group)
+    }
+
+    /// The whole module, on every rank and outside of any graph: for those who compare or write it.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn whole_module<M: Module>(&self, module: &Placed<M>) -> Result<M, CommError> {
+        place::whole(module, &self.group)
     }
 
     /// What this rank sends in one forward and backward pass, by formula.
@@ -385,15 +427,50 @@ impl<'a> StageRun<'a> {
             }
             .into());
         };
-        attention::check_heads(&qkv, attention.heads)?;
+        let heads = self.held_heads(attention.heads);
+        let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
+        attention::check_heads(channels, &heads, attention.heads.dim)?;
         self.session.strategy.attend(
             qkv,
             &AttentionScope {
                 scope,
                 attention,
+                heads: &heads,
                 logsumexp,
             },
         )
+    }
+
+    /// The cross-attention to keys and values that every rank holds: [`attention::cross_attention`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the shapes do not fit, [`StageError::Kind`] if the stage is no cross-attention.
+    pub fn cross_attend(
+        &self,
+        query: Shard,
+        key: Tensor<3>,
+        value: Tensor<3>,
+        lengths: Arc<[usize]>,
+    ) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
+        let StageKind::CrossAttention { heads } = scope.stage.kind else {
+            return Err(StageError::Kind {
+                index: self.index,
+                name: scope.stage.name.clone(),
+                declared: scope.stage.kind.name(),
+                wanted: "cross-attention",
+            }
+            .into());
+        };
+        let held = self.held_heads(heads);
+        attention::cross_attention(query, key, value, (&held, heads.dim), lengths)
+    }
+
+    fn held_heads(&self, heads: Heads) -> HeadRange {
+        let (rank, ranks) = (self.session.group.rank(), self.session.group.size());
+        let plan = &self.session.plan.stages[self.index];
+        self.session.strategy.held_heads(heads, plan, rank, ranks)
     }
 
     /// [`SequenceParallel::leave`].

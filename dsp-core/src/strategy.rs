@@ -17,9 +17,10 @@
 //!
 //! A plan says how the residual stream is laid out in each stage (`residual`) and how activations are laid out
 //! between `enter` and `leave` (`inner`). The verbs' defaults go from one to the other, so a strategy that
-//! only moves activations needs to write nothing but [`SequenceParallel::plan`]. A mixture of strategies is a
-//! strategy that plans each stage with one of its parts and hands the verbs on
-//! ([`StagePlan::delegate`]).
+//! only moves activations needs to write nothing but its plan: a strategy that leaves the residual stream where it
+//! is plans stage by stage ([`SequenceParallel::plan_stage`]), one that moves it plans the whole model
+//! ([`SequenceParallel::plan`]). A mixture of strategies is a strategy that has each stage planned by one of its
+//! parts and hands the verbs on ([`StagePlan::part`]).
 
 use std::fmt;
 use std::ops::Range;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use crate::attention::{self, Attended, Heads, Logsumexp, Mask};
+use crate::attention::{self, Attended, HeadRange, Heads, Logsumexp, Mask};
 use crate::collective::relayout;
 use crate::cost::Elements;
 use crate::error::Error;
@@ -72,6 +73,37 @@ impl AttentionStage {
             form: Form::Softmax,
             scale: (heads.dim as f64).powf(-0.5),
         }
+    }
+
+    /// Causal linear attention without a scale, whose state decays by `decay[h]` a position for query head `h`.
+    pub fn linear(axes: AxisSet, heads: Heads, decay: Arc<[f64]>) -> Self {
+        Self {
+            axes,
+            heads,
+            mask: Mask::Causal,
+            form: Form::Linear { decay },
+            scale: 1.0,
+        }
+    }
+
+    fn check(&self, stage: &str) -> Result<(), PlanError> {
+        let Form::Linear { decay } = &self.form else {
+            return Ok(());
+        };
+        if self.mask != Mask::Causal {
+            return Err(PlanError::NotCausal {
+                stage: stage.to_owned(),
+            });
+        }
+        let is_decay = |&decay: &f64| decay > 0.0 && decay <= 1.0;
+        if decay.len() != self.heads.query || !decay.iter().all(is_decay) {
+            return Err(PlanError::Decays {
+                stage: stage.to_owned(),
+                decays: decay.to_vec(),
+                heads: self.heads.query,
+            });
+        }
+        Ok(())
     }
 }
 
@@ -162,9 +194,46 @@ impl ModelShape {
         }
     }
 
+    /// Refuses what no strategy could run: too many axes, heads that do not form groups, linear attention that
+    /// is not causal or whose decays are not one a head. Every plan begins with it.
+    ///
+    /// # Errors
+    /// [`PlanError::Axes`], [`PlanError::HeadGroups`], [`PlanError::Decays`], [`PlanError::NotCausal`].
+    pub fn check(&self) -> Result<(), PlanError> {
+        self.lengths()?;
+        for stage in &self.stages {
+            let heads = match &stage.kind {
+                StageKind::Attention(attention) => {
+                    attention.check(&stage.name)?;
+                    attention.heads
+                }
+                StageKind::CrossAttention { heads } => *heads,
+                StageKind::FeedForward { .. } => continue,
+            };
+            let Heads {
+                query, key_value, ..
+            } = heads;
+            if key_value == 0 || query == 0 || query % key_value != 0 {
+                return Err(PlanError::HeadGroups {
+                    stage: stage.name.clone(),
+                    query,
+                    key_value,
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// The sequence axes that the model has.
     pub fn axes(&self) -> impl Iterator<Item = SeqAxis> {
         SeqAxis::ALL.into_iter().take(self.lengths.len())
+    }
+
+    /// The sequence axes that the model has, longer ones first.
+    pub fn axes_by_length(&self) -> Vec<SeqAxis> {
+        let mut axes: Vec<SeqAxis> = self.axes().collect();
+        axes.sort_by_key(|axis| std::cmp::Reverse(self.lengths[axis.index()]));
+        axes
     }
 }
 
@@ -182,7 +251,7 @@ pub enum PlanError {
     #[error("{strategy} cannot run on {ranks} ranks: {rule}")]
     Ranks {
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The ranks.
         ranks: usize,
         /// Its rule.
@@ -195,7 +264,7 @@ pub enum PlanError {
     )]
     NoAxisLeft {
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The stage.
         stage: String,
         /// The model's number of axes.
@@ -208,7 +277,7 @@ pub enum PlanError {
     )]
     Heads {
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The stage.
         stage: String,
         /// The query heads.
@@ -229,15 +298,48 @@ pub enum PlanError {
         /// Key-value heads.
         key_value: usize,
     },
-    /// A form of attention that the strategy does not compute.
+    /// An attention that the strategy does not compute.
     #[error("{strategy} cannot run stage {stage:?}: {rule}")]
     Form {
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The stage.
         stage: String,
         /// Its rule.
         rule: &'static str,
+    },
+    /// A stage that would have to run where the residual stream is laid out as it is not.
+    #[error("{strategy} cannot run stage {stage:?} on {residual}: {rule}")]
+    Residual {
+        /// The strategy.
+        strategy: String,
+        /// The stage.
+        stage: String,
+        /// How the residual stream is laid out.
+        residual: Box<Layout>,
+        /// Its rule.
+        rule: &'static str,
+    },
+    /// Linear attention with another number of decays than query heads, or a decay outside of (0, 1].
+    #[error(
+        "stage {stage:?} is linear attention of {heads} query heads with the decays {decays:?}: it needs one in (0, 1] \
+         for each"
+    )]
+    Decays {
+        /// The stage.
+        stage: String,
+        /// The decays.
+        decays: Vec<f64>,
+        /// The query heads.
+        heads: usize,
+    },
+    /// Linear attention under another mask than the causal one.
+    #[error(
+        "stage {stage:?} is linear attention, whose state runs forward only: its mask must be causal"
+    )]
+    NotCausal {
+        /// The stage.
+        stage: String,
     },
 }
 
@@ -248,10 +350,42 @@ pub struct StagePlan {
     pub residual: Layout,
     /// The layout between `enter` and `leave`.
     pub inner: Layout,
-    /// What each rank sends in the stage, by formula: to arrange, to enter, to attend and to leave.
+    /// What each rank sends to bring the residual stream here, by formula.
+    pub arranges: Vec<Elements>,
+    /// What each rank sends to enter, to attend and to leave, by formula.
     pub sends: Vec<Elements>,
-    /// In a mixture: which of its strategies runs the stage.
-    pub delegate: usize,
+    /// In a mixture: which of its strategies runs the stage, and that one's own plan of it.
+    pub part: Option<Arc<PartPlan>>,
+}
+
+/// A stage of a mixture, as the part that runs it planned it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PartPlan {
+    /// Which of the mixture's strategies.
+    pub index: usize,
+    /// Its plan.
+    pub plan: StagePlan,
+}
+
+impl StagePlan {
+    /// A stage in which nothing moves.
+    pub fn local(residual: &Layout, ranks: usize) -> Self {
+        Self {
+            residual: residual.clone(),
+            inner: residual.clone(),
+            arranges: vec![Elements::default(); ranks],
+            sends: vec![Elements::default(); ranks],
+            part: None,
+        }
+    }
+
+    /// The same stage in which each rank sends what `sends` says.
+    pub fn sending(mut self, sends: impl Fn(usize) -> Elements) -> Self {
+        for (rank, sent) in self.sends.iter_mut().enumerate() {
+            *sent = sends(rank);
+        }
+        self
+    }
 }
 
 /// How a strategy runs a model: the same on every rank.
@@ -270,8 +404,15 @@ pub struct Plan {
 impl Plan {
     /// What `rank` sends in one forward and one backward pass, by formula.
     pub fn sends(&self, rank: usize) -> Elements {
-        let stages: Elements = self.stages.iter().map(|stage| stage.sends[rank]).sum();
+        let stage = |stage: &StagePlan| stage.arranges[rank] + stage.sends[rank];
+        let stages: Elements = self.stages.iter().map(stage).sum();
         stages + self.output_sends[rank]
+    }
+
+    /// What all ranks together send in one forward and one backward pass, by formula.
+    pub fn sends_of_all(&self) -> u64 {
+        let sent = (0..self.output_sends.len()).map(|rank| self.sends(rank));
+        sent.map(|sent| sent.forward + sent.backward).sum()
     }
 }
 
@@ -281,23 +422,52 @@ impl Plan {
 pub enum Role {
     /// Norms, tables, embeddings, biases added after a reduction: every rank needs all of it.
     Replicated,
+    /// A table with a row for each position of a sequence axis, along `dim`.
+    Table {
+        /// The dim of the parameter.
+        dim: usize,
+        /// The axis.
+        axis: SeqAxis,
+    },
     /// The output features of a projection into heads or into an inner width, along `dim`: `fused`
-    /// projections end to end, each in `units` of equal size (its heads, or its features).
+    /// projections end to end, each in `units` of equal size.
     Columns {
         /// The dim of the parameter.
         dim: usize,
         /// How many projections are fused (3 for a query-key-value projection).
         fused: usize,
         /// The units that must not be cut.
-        units: usize,
+        units: Units,
     },
     /// The input features of the projection back, along `dim`, in `units` of equal size.
     Rows {
         /// The dim of the parameter.
         dim: usize,
         /// The units that must not be cut.
-        units: usize,
+        units: Units,
     },
+}
+
+/// What a projection's features come in, each unit as wide as the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Units {
+    /// The query heads of these heads.
+    Query(Heads),
+    /// Their key-value heads.
+    KeyValue(Heads),
+    /// Features of an inner width.
+    Features(usize),
+}
+
+impl Units {
+    /// How many there are.
+    pub fn count(self) -> usize {
+        match self {
+            Self::Query(heads) => heads.query,
+            Self::KeyValue(heads) => heads.key_value,
+            Self::Features(count) => count,
+        }
+    }
 }
 
 impl Role {
@@ -332,6 +502,8 @@ pub struct Parameter<'a> {
     pub role: Role,
     /// Its whole shape.
     pub shape: &'a [usize],
+    /// The plan of the whole model.
+    pub plan: &'a Plan,
     /// The plan of the stage that it belongs to.
     pub stage: Option<&'a StagePlan>,
 }
@@ -341,8 +513,15 @@ pub struct Parameter<'a> {
 pub enum Placement {
     /// All of it: its gradient is the sum over the ranks.
     Replicated,
-    /// The given ranges of one dim: its gradient is whole already.
+    /// The given ranges of one dim, which no other rank holds: its gradient is whole already.
     Sharded {
+        /// The dim.
+        dim: usize,
+        /// The ranges, in order.
+        ranges: Vec<Range<usize>>,
+    },
+    /// The given ranges of one dim, some of which other ranks hold too: its gradient is the sum over those.
+    Shared {
         /// The dim.
         dim: usize,
         /// The ranges, in order.
@@ -356,18 +535,86 @@ pub enum Placement {
 /// serves any number of ranks and models. Everything that it refuses it refuses in [`plan`](Self::plan).
 pub trait SequenceParallel: fmt::Debug + Send + Sync {
     /// Its name in reports and errors.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
-    /// Plans a model for a group of `ranks`.
+    /// Plans a model for a group of `ranks`. By default the residual stream stays laid out as one of
+    /// [`residuals`](Self::residuals), that with which the ranks together send least; of equals, the first.
     ///
     /// # Errors
     /// [`PlanError`] with the numbers and the rule if the strategy cannot run the model.
-    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError>;
+    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
+        model.check()?;
+        let mut best: Option<Plan> = None;
+        let mut refusal = None;
+        for residual in self.residuals(model, ranks)? {
+            let stages = model.stages.iter();
+            let planned = stages
+                .map(|stage| self.plan_stage(model, stage, &residual, ranks))
+                .collect();
+            match planned {
+                Ok(stages) => {
+                    let plan = Plan {
+                        input: residual.clone(),
+                        stages,
+                        output: residual,
+                        output_sends: vec![Elements::default(); ranks],
+                    };
+                    if best
+                        .as_ref()
+                        .is_none_or(|best| plan.sends_of_all() < best.sends_of_all())
+                    {
+                        best = Some(plan);
+                    }
+                }
+                Err(error) => {
+                    refusal.get_or_insert(error);
+                }
+            }
+        }
+        match (best, refusal) {
+            (Some(plan), _) => Ok(plan),
+            (None, Some(refusal)) => Err(refusal),
+            (None, None) => Err(PlanError::Axes {
+                axes: model.lengths.len(),
+            }),
+        }
+    }
+
+    /// How the residual stream could be laid out for a whole model, in the order of preference. By default one of
+    /// the axes is split in balanced blocks, longer ones first, which split most evenly.
+    ///
+    /// # Errors
+    /// [`PlanError`] if there is no layout for this number of ranks.
+    fn residuals(&self, model: &ModelShape, ranks: usize) -> Result<Vec<Layout>, PlanError> {
+        let lengths = model.lengths()?;
+        let split = |axis| Layout::split(lengths, axis, ranks);
+        Ok(model.axes_by_length().into_iter().map(split).collect())
+    }
+
+    /// Plans one stage where the residual stream is laid out as `residual`: for the strategy's own plan, or for
+    /// a mixture that hands it the stage. Only one axis of `residual` is split, over all ranks.
+    ///
+    /// # Errors
+    /// [`PlanError`] with the numbers and the rule if the strategy cannot run the stage so.
+    fn plan_stage(
+        &self,
+        model: &ModelShape,
+        stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError>;
 
     /// Which part of a parameter `rank` holds. By default all of it.
     fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
         let _ = (parameter, rank, ranks);
         Placement::Replicated
+    }
+
+    /// The heads whose projections `rank` holds in a stage, as [`placement`](Self::placement) cut them. By
+    /// default all.
+    fn held_heads(&self, heads: Heads, plan: &StagePlan, rank: usize, ranks: usize) -> HeadRange {
+        let _ = (plan, rank, ranks);
+        HeadRange::all(heads)
     }
 
     /// Brings the residual stream into the stage's layout.
@@ -390,13 +637,13 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
     /// axes are whole.
     ///
     /// # Shapes
-    /// - `qkv`: `[B, s1, s2, s3, heads·d]` each; how many heads is read from the shapes
+    /// - `qkv`: `[B, s1, s2, s3, heads·d]` each, of the heads whose weights the rank holds
     /// - returns: laid out as the query
     ///
     /// # Errors
     /// [`Error`] if an attended axis is split and the strategy did not bring it together, or the ranks fail.
     fn attend(&self, qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {
-        attention::attend_local(qkv, scope.attention, scope.logsumexp)
+        attention::attend_local(qkv, scope)
     }
 
     /// Brings the sub-layer's output back into the residual stream's layout, and adds its bias: once, after
@@ -421,42 +668,6 @@ pub fn add_bias(x: Shard, bias: Option<Tensor<1>>) -> Result<Shard, Error> {
     }
 }
 
-/// Refuses a stage's heads that do not form groups, and linear attention for a strategy that knows softmax
-/// only: what every softmax strategy's plan begins with.
-///
-/// # Errors
-/// [`PlanError::HeadGroups`], [`PlanError::Form`], [`PlanError::Axes`].
-pub fn check_softmax(strategy: &'static str, model: &ModelShape) -> Result<(), PlanError> {
-    model.lengths()?;
-    for stage in &model.stages {
-        let heads = match &stage.kind {
-            StageKind::Attention(attention) => {
-                if attention.form != Form::Softmax {
-                    return Err(PlanError::Form {
-                        strategy,
-                        stage: stage.name.clone(),
-                        rule: "it computes softmax attention, and this one is linear",
-                    });
-                }
-                attention.heads
-            }
-            StageKind::CrossAttention { heads } => *heads,
-            StageKind::FeedForward { .. } => continue,
-        };
-        let Heads {
-            query, key_value, ..
-        } = heads;
-        if key_value == 0 || query == 0 || query % key_value != 0 {
-            return Err(PlanError::HeadGroups {
-                stage: stage.name.clone(),
-                query,
-                key_value,
-            });
-        }
-    }
-    Ok(())
-}
-
 /// What a verb is told: this rank's group, the stage and its plan.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'a> {
@@ -475,6 +686,8 @@ pub struct AttentionScope<'a> {
     pub scope: Scope<'a>,
     /// The attention.
     pub attention: &'a AttentionStage,
+    /// The heads that this rank's queries, keys and values are of.
+    pub heads: &'a HeadRange,
     /// Whether the logsumexp is wanted too.
     pub logsumexp: Logsumexp,
 }

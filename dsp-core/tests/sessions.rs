@@ -9,13 +9,12 @@ use std::sync::{Arc, Barrier};
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
-use dsp_core::cost::Elements;
-use dsp_core::gradients::replicated_parameters;
-use dsp_core::layout::LayoutError;
+use dsp_core::gradients::reduced_parameters;
+use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::StageError;
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Parameter, Placement, Plan, Role, StageKind, StagePlan, add_bias,
+    AttentionStage, OutputLayout, Parameter, Placement, Role, StageKind, StagePlan, Units, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
@@ -31,20 +30,19 @@ impl SequenceParallel for Blocks {
         "blocks"
     }
 
-    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
+    fn residuals(&self, model: &ModelShape, ranks: usize) -> Result<Vec<Layout>, PlanError> {
         let layout = Layout::split(model.lengths()?, SeqAxis::FIRST, ranks);
-        let stage = StagePlan {
-            residual: layout.clone(),
-            inner: layout.clone(),
-            sends: vec![Elements::default(); ranks],
-            delegate: 0,
-        };
-        Ok(Plan {
-            input: layout.clone(),
-            stages: vec![stage; model.stages.len()],
-            output: layout,
-            output_sends: vec![Elements::default(); ranks],
-        })
+        Ok(vec![layout])
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
     }
 
     fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
@@ -52,6 +50,7 @@ impl SequenceParallel for Blocks {
         let Role::Columns { dim, units, .. } = role else {
             return Placement::Replicated;
         };
+        let units = units.count();
         let width = shape[dim] / units;
         let (start, end) = (rank * units / ranks, (rank + 1) * units / ranks);
         Placement::Sharded {
@@ -175,7 +174,7 @@ fn channels_that_are_not_the_declared_heads_are_refused() {
     assert_eq!(got, [3, 3, 3]);
     assert_eq!(
         rule,
-        "their channels must be heads of 2 in the proportion 1 : 1 : 1"
+        "their channels must be 1, 1 and 1 heads of 2: those that this rank holds"
     );
     stage.attend(x(4), x(2), x(2)).unwrap_err();
 }
@@ -289,7 +288,7 @@ fn toy_role(path: &str) -> Role {
         "sharded" => Role::Columns {
             dim: 1,
             fused: 1,
-            units: 3,
+            units: Units::Features(3),
         },
         "used" | "unused" | "frozen" => Role::Replicated,
         path => panic!("no parameter is at {path}"),
@@ -307,7 +306,7 @@ fn gradients_of_replicated_parameters_are_summed_and_those_of_sharded_ones_left_
                 let device = Device::flex().autodiff();
                 let placed = session.place(&*source, toy_role, &device);
                 let toy = &placed.module;
-                assert_eq!(replicated_parameters(&placed), 10);
+                assert_eq!(reduced_parameters(&placed), 10);
                 let rank = group.rank();
                 // What each rank holds, and that it may be trained or not as before.
                 let columns = 2 * (3 * rank / ranks)..2 * (3 * (rank + 1) / ranks);
@@ -429,4 +428,124 @@ fn a_placed_module_has_the_devices_checkpointing_and_none_of_it_without_autodiff
         assert_eq!(toy.frozen.val().gradient_checkpointing_strategy(), strategy);
         assert!(!toy.frozen.val().is_require_grad());
     }
+}
+
+/// Three features over two ranks, of which both hold the second.
+#[derive(Debug)]
+struct Overlapping;
+
+impl SequenceParallel for Overlapping {
+    fn name(&self) -> &'static str {
+        "overlapping"
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
+    }
+
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, _ranks: usize) -> Placement {
+        match parameter.role {
+            Role::Columns { dim, .. } => Placement::Shared {
+                dim,
+                ranges: std::iter::once(2 * rank..2 * rank + 4).collect(),
+            },
+            _ => Placement::Replicated,
+        }
+    }
+}
+
+#[test]
+fn what_two_ranks_hold_has_the_sum_of_their_gradients_and_what_one_holds_its_own() {
+    let module = Arc::new(toy(DType::F64));
+    let source = module.clone();
+    let seen = launch(2, move |group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Overlapping), group.clone(), model())?;
+        let placed = session.place(&*source, toy_role, &Device::flex().autodiff());
+        let toy = &placed.module;
+        // `used`, `unused` and all of the shared one.
+        assert_eq!(reduced_parameters(&placed), 6 + 4 + 12);
+        let weight = [1.0, 10.0][group.rank()];
+        let loss = toy.sharded.val().mul_scalar(weight).sum() + toy.used.val().sum();
+        let mut gradients = session.backward(Loss::OfShard(loss))?;
+        let reduced = session.reduce(&mut gradients, &placed)?;
+        let own = values(&reduced.get::<2>(toy.sharded.id).unwrap());
+        let whole = session.whole(reduced, &placed)?;
+        let gathered = session.whole_module(&placed)?;
+        assert!(!gathered.sharded.val().is_autodiff());
+        Ok((
+            own,
+            values(&whole.get::<2>(toy.sharded.id).unwrap()),
+            values(&whole.get::<2>(toy.used.id).unwrap()),
+            bits(&gathered.sharded.val()),
+        ))
+    })
+    .unwrap();
+    let owns = [[1.0, 1.0, 11.0, 11.0], [11.0, 11.0, 10.0, 10.0]];
+    for ((own, whole, used, parameter), expected) in seen.into_iter().zip(owns) {
+        assert_eq!(own, [expected, expected].concat());
+        let row = [1.0, 1.0, 11.0, 11.0, 10.0, 10.0];
+        assert_eq!(whole, [row, row].concat());
+        assert_eq!(used, [2.0; 6]);
+        assert_eq!(parameter, bits(&module.sharded.val()));
+    }
+}
+
+#[test]
+fn replicas_add_up_their_gradients_the_sharded_ones_too() {
+    // Two replicas of a model on two ranks: ranks 0 and 1, and ranks 2 and 3.
+    let source = Arc::new(toy(DType::F64));
+    let seen = launch(4, move |world| -> Result<_, Error> {
+        let group = world.along(MeshAxis { stride: 1, size: 2 })?;
+        let replicas = world.along(MeshAxis { stride: 2, size: 2 })?;
+        let session = session(&group).with_replicas(replicas);
+        let placed = session.place(&*source, toy_role, &Device::flex().autodiff());
+        let toy = &placed.module;
+        let weight = [1.0, 10.0, 100.0, 1000.0][world.rank()];
+        let loss = (toy.sharded.val().sum() + toy.used.val().sum()).mul_scalar(weight);
+        let mut gradients = session.backward(Loss::OfShard(loss))?;
+        let reduced = session.reduce(&mut gradients, &placed)?;
+        Ok([
+            values(&reduced.get::<2>(toy.sharded.id).unwrap()),
+            values(&reduced.get::<2>(toy.used.id).unwrap()),
+        ])
+    })
+    .unwrap();
+    for (rank, [sharded, used]) in seen.into_iter().enumerate() {
+        // Rank 0 of each model holds one unit of two features, rank 1 two.
+        let (sum, held) = [(101.0, 4), (1010.0, 8)][rank % 2];
+        assert_eq!(sharded, vec![sum; held]);
+        assert_eq!(used, [1111.0; 6]);
+    }
+}
+
+#[test]
+fn a_tables_rows_are_those_of_the_ranks_positions_whether_it_holds_all_or_its_own() {
+    let layout = Layout::split([5, 1, 1], SeqAxis::FIRST, 2);
+    let x = |rank: usize| {
+        let held = layout.local_lengths(rank)[0];
+        let tensor = Tensor::zeros([1, held, 1, 1, 2], &Device::flex());
+        Shard::new(tensor, layout.clone(), rank).unwrap()
+    };
+    let table = random([7, 2], 1, DType::F64);
+    let rows = |start: usize, count: usize| values(&table.clone().narrow(0, start, count));
+    let first = SeqAxis::FIRST;
+    assert_eq!(
+        values(&x(1).rows_of(table.clone(), first).unwrap()),
+        rows(2, 3)
+    );
+    let own = table.clone().narrow(0, 2, 3);
+    assert_eq!(values(&x(1).rows_of(own, first).unwrap()), rows(2, 3));
+    let error = x(1)
+        .rows_of(table.clone().narrow(0, 0, 4), first)
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a table of 4 rows was given for sequence axis 0: it needs at least 5, or the 3 that rank 1 holds"
+    );
 }

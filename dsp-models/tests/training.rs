@@ -76,7 +76,7 @@ fn train(
         model = next;
         losses.push(loss);
     }
-    let parameters = named_parameters(&model.module).unwrap();
+    let parameters = named_parameters(&session.whole_module(&model)?).unwrap();
     let parameters = parameters
         .values()
         .flat_map(|data| data.iter::<f64>().collect::<Vec<_>>());

@@ -14,15 +14,16 @@
 //! `M(N−1)/N²` of an activation of `M` where blocks are even; D pairs of attentions take 2D switches, 2D−1 if
 //! the output may stay where it is. On k axes attended in a cycle that is `k/(k−1)` switches a layer.
 //!
-//! Requires: two sequence axes or more, and no attention over all of them jointly. An axis shorter than the
-//! ranks leaves some of them without a block, which is right but idle.
+//! Requires: two sequence axes or more, and no attention over all of them jointly: a
+//! [`Mixture`](crate::Mixture) hands such a layer to a strategy that splits the attended axis. An axis shorter
+//! than the ranks leaves some of them without a block, which is right but idle.
 //!
 //! Zhao et al., "DSP: Dynamic Sequence Parallelism for Multi-Dimensional Transformers", arXiv:2403.10266.
 
 use dsp_core::cost::{self, Elements};
 use dsp_core::layout::AxisLayout;
-use dsp_core::strategy::{OutputLayout, Plan, StageKind, StagePlan, check_softmax};
-use dsp_core::{Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel};
+use dsp_core::strategy::{OutputLayout, Plan, StageKind, StagePlan};
+use dsp_core::{Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel, Stage};
 
 /// Dynamic Sequence Parallelism.
 ///
@@ -36,7 +37,7 @@ impl SequenceParallel for Dsp {
     }
 
     fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        check_softmax(self.name(), model)?;
+        model.check()?;
         let switches = Switches::new(model, ranks)?;
         let path = self.cheapest_path(model, &switches)?;
         let stage = |index: usize| {
@@ -47,10 +48,8 @@ impl SequenceParallel for Dsp {
             };
             let layout = switches.layout(path[index]);
             StagePlan {
-                residual: layout.clone(),
-                inner: layout,
-                sends: switches.sends(before, path[index]),
-                delegate: 0,
+                arranges: switches.sends(before, path[index]),
+                ..StagePlan::local(&layout, ranks)
             }
         };
         let stages = (0..path.len()).map(stage).collect();
@@ -68,9 +67,30 @@ impl SequenceParallel for Dsp {
             output_sends: switches.sends(last, end),
         })
     }
+
+    fn plan_stage(
+        &self,
+        model: &ModelShape,
+        stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        match residual.split_axis() {
+            Some((axis, _)) if attends(&stage.kind, axis) => Err(self.no_axis_left(model, stage)),
+            _ => Ok(StagePlan::local(residual, ranks)),
+        }
+    }
 }
 
 impl Dsp {
+    fn no_axis_left(self, model: &ModelShape, stage: &Stage) -> PlanError {
+        PlanError::NoAxisLeft {
+            strategy: self.name().to_owned(),
+            stage: stage.name.clone(),
+            axes: model.lengths.len(),
+        }
+    }
+
     /// Which axis is split in each stage, so that the ranks together send least over the whole model; of
     /// equals, the one that splits longer axes.
     ///
@@ -89,11 +109,7 @@ impl Dsp {
                 .filter(|&axis| switches.ranks == 1 || !attends(&stage.kind, axis))
                 .collect();
             if free.is_empty() {
-                return Err(PlanError::NoAxisLeft {
-                    strategy: self.name(),
-                    stage: stage.name.clone(),
-                    axes: axes.len(),
-                });
+                return Err(self.no_axis_left(model, stage));
             }
             candidates.push(free);
         }

@@ -16,7 +16,8 @@
 //! # }
 //! ```
 //!
-//! A new strategy is one new file, and its line in the list below.
+//! [`Mixture`] shares a model's stages among several. A new strategy is one new file, and its line in the list
+//! below.
 
 use std::sync::Arc;
 
@@ -29,7 +30,7 @@ macro_rules! strategies {
 
         /// Every strategy that is compiled in, serial first.
         pub fn all() -> Vec<Arc<dyn SequenceParallel>> {
-            vec![$($(#[$feature])* Arc::new($strategy),)*]
+            vec![$($(#[$feature])* Arc::new($strategy::default()),)*]
         }
     };
 }
@@ -38,30 +39,48 @@ strategies! {
     serial::Serial,
     #[cfg(feature = "dsp")] dsp::Dsp,
     #[cfg(feature = "ulysses")] ulysses::Ulysses,
+    #[cfg(feature = "megatron")] megatron::Megatron,
+    #[cfg(feature = "lss")] lss::Lss,
 }
+
+mod mixture;
+
+pub use mixture::Mixture;
 
 /// A name that no compiled-in strategy has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no strategy is called {name:?}; compiled in are: {}", known.join(", "))]
+#[error(
+    "no strategy is called {name:?}; compiled in are: {}; a mixture joins some of them by +", known.join(", ")
+)]
 pub struct UnknownStrategy {
     /// The name.
     pub name: String,
     /// The names that there are.
-    pub known: Vec<&'static str>,
+    pub known: Vec<String>,
 }
 
-/// The strategy of that name.
+/// The strategy of that name, or the [`Mixture`] of several names joined by `+`, the first choice first.
 ///
 /// # Errors
 /// [`UnknownStrategy`] with the names that there are.
 pub fn by_name(name: &str) -> Result<Arc<dyn SequenceParallel>, UnknownStrategy> {
     let strategies = all();
-    let known = strategies.iter().map(|strategy| strategy.name()).collect();
-    strategies
-        .into_iter()
-        .find(|strategy| strategy.name() == name)
-        .ok_or_else(|| UnknownStrategy {
+    let part = |name: &str| {
+        let found = strategies.iter().find(|strategy| strategy.name() == name);
+        found.cloned().ok_or_else(|| UnknownStrategy {
             name: name.to_owned(),
-            known,
+            known: strategies
+                .iter()
+                .map(|strategy| strategy.name().to_owned())
+                .collect(),
         })
+    };
+    match name.split_once('+') {
+        None => part(name),
+        Some((first, others)) => {
+            let first = part(first)?;
+            let others: Vec<_> = others.split('+').map(part).collect::<Result<_, _>>()?;
+            Ok(Arc::new(Mixture::new(first, others)))
+        }
+    }
 }

@@ -6,9 +6,8 @@
 //!
 //! Cost: nothing. Requires: one rank.
 
-use dsp_core::cost::Elements;
-use dsp_core::strategy::{Plan, StagePlan, check_softmax};
-use dsp_core::{Layout, ModelShape, PlanError, SequenceParallel};
+use dsp_core::strategy::StagePlan;
+use dsp_core::{Layout, ModelShape, PlanError, SequenceParallel, Stage};
 
 /// The serial strategy.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,27 +18,24 @@ impl SequenceParallel for Serial {
         "serial"
     }
 
-    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        check_softmax(self.name(), model)?;
+    fn residuals(&self, model: &ModelShape, ranks: usize) -> Result<Vec<Layout>, PlanError> {
         if ranks != 1 {
             return Err(PlanError::Ranks {
-                strategy: self.name(),
+                strategy: self.name().to_owned(),
                 ranks,
                 rule: "it is the model on one device; every other strategy runs on several",
             });
         }
-        let whole = Layout::whole(model.lengths()?);
-        let stage = StagePlan {
-            residual: whole.clone(),
-            inner: whole.clone(),
-            sends: vec![Elements::default()],
-            delegate: 0,
-        };
-        Ok(Plan {
-            input: whole.clone(),
-            stages: vec![stage; model.stages.len()],
-            output: whole,
-            output_sends: vec![Elements::default()],
-        })
+        Ok(vec![Layout::whole(model.lengths()?)])
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
     }
 }

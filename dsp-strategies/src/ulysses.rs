@@ -28,18 +28,17 @@ use dsp_core::attention::{
     Attended, Fold, HeadRange, Heads, Logsumexp, Problem, backward, forward, positions,
 };
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
-use dsp_core::cost::{self, Elements};
+use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::group::{Request, Step};
-use dsp_core::layout::AxisLayout;
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
-    AttentionScope, AttentionStage, Plan, StageKind, StagePlan, check_softmax,
+    AttentionScope, AttentionStage, StageKind, StagePlan,
 };
 use dsp_core::{
     AxisSet,
-    CommError, Error, Group, Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel,
-    Shard, vjp,
+    CommError, Error, Group, Layout, ModelShape, Partition, PlanError, SequenceParallel,
+    Shard, Stage, vjp,
 };
 
 /// DeepSpeed-Ulysses.
@@ -51,46 +50,33 @@ impl SequenceParallel for Ulysses {
         "ulysses"
     }
 
-    fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        check_softmax(self.name(), model)?;
-        for stage in &model.stages {
-            if let StageKind::Attention(attention) = &stage.kind
-                && attention.heads.query < ranks
-            {
-                return Err(PlanError::Heads {
-                    strategy: self.name(),
-                    stage: stage.name.clone(),
-                    heads: attention.heads.query,
-                    ranks,
-                });
-            }
-        }
-        let lengths = model.lengths()?;
-        // The axis whose attentions send least; of equals the longest, which splits most evenly.
-        let total = |axis: SeqAxis| -> u64 {
-            let stages = model.stages.iter();
-            stages
-                .flat_map(|stage| stage_sends(&stage.kind, model.batch, lengths, axis, ranks))
-                .map(|sent| sent.forward + sent.backward)
-                .sum()
+    fn plan_stage(
+        &self,
+        model: &ModelShape,
+        stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        let local = StagePlan::local(residual, ranks);
+        let (StageKind::Attention(attention), Some((axis, partition))) =
+            (&stage.kind, residual.split_axis())
+        else {
+            return Ok(local);
         };
-        let axis = model
-            .axes()
-            .min_by_key(|&axis| (total(axis), usize::MAX - lengths[axis.index()]))
-            .unwrap_or(SeqAxis::FIRST);
-        let layout = Layout::split(lengths, axis, ranks);
-        let stages = model.stages.iter().map(|stage| StagePlan {
-            residual: layout.clone(),
-            inner: layout.clone(),
-            sends: stage_sends(&stage.kind, model.batch, lengths, axis, ranks),
-            delegate: 0,
-        });
-        Ok(Plan {
-            input: layout.clone(),
-            stages: stages.collect(),
-            output: layout.clone(),
-            output_sends: vec![Elements::default(); ranks],
-        })
+        if !attention.axes.contains(axis) {
+            return Ok(local);
+        }
+        if attention.heads.query < ranks {
+            return Err(PlanError::Heads {
+                strategy: self.name().to_owned(),
+                stage: stage.name.clone(),
+                heads: attention.heads.query,
+                ranks,
+            });
+        }
+        let (heads, others) = (attention.heads, residual.positions_beside(axis));
+        let sends = |rank| cost::ulysses(model.batch, others, heads, partition, partition, rank);
+        Ok(local.sending(sends))
     }
 
     fn attend(&self, qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {
@@ -98,7 +84,7 @@ impl SequenceParallel for Ulysses {
         let layout = qkv[0].layout().clone();
         let attends_split = attention.axes.iter().any(|axis| layout.is_split(axis));
         if !attends_split {
-            return dsp_core::attention::attend_local(qkv, attention, scope.logsumexp);
+            return dsp_core::attention::attend_local(qkv, scope);
         }
         let rank = qkv[0].rank();
         let trade = Trade::new(attention, [&qkv[0], &qkv[1]], scope.scope.group);
@@ -305,33 +291,4 @@ impl HeadShares {
             .collect();
         Self { query, key_value }
     }
-}
-
-/// What each rank sends in a stage while `axis` is split.
-fn stage_sends(
-    kind: &StageKind,
-    batch: usize,
-    lengths: [usize; 3],
-    axis: SeqAxis,
-    ranks: usize,
-) -> Vec<Elements> {
-    let StageKind::Attention(attention) = kind else {
-        return vec![Elements::default(); ranks];
-    };
-    if !attention.axes.contains(axis) {
-        return vec![Elements::default(); ranks];
-    }
-    let layout = Layout::split(lengths, axis, ranks);
-    let AxisLayout::Split { partition, .. } = layout.axis(axis) else {
-        return vec![Elements::default(); ranks];
-    };
-    let others = lengths
-        .iter()
-        .enumerate()
-        .filter(|&(index, _)| index != axis.index())
-        .map(|(_, length)| length)
-        .product();
-    (0..ranks)
-        .map(|rank| cost::ulysses(batch, others, attention.heads, partition, partition, rank))
-        .collect()
 }

@@ -1,6 +1,6 @@
 //! Every strategy that is compiled in gives what one rank alone gives: outputs, the gradients of the inputs
 //! and of every parameter. A new strategy is tested by being registered.
-#![cfg(feature = "flex")]
+#![cfg(all(feature = "flex", feature = "all"))]
 #![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
 
 mod common;
@@ -8,9 +8,11 @@ mod common;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use common::{Case, Checkpointing, Sub, attend, cases, check, noise, values};
+use common::{
+    Case, Checkpointing, Sub, attend, cases, check, check_replicas, noise, run, values, whole,
+};
 use dsp_core::attention::Logsumexp;
-use dsp_core::strategy::{AttentionStage, OutputLayout, StageKind};
+use dsp_core::strategy::{AttentionStage, OutputLayout, Plan, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
     launch,
@@ -22,14 +24,8 @@ const F64: f64 = 1e-10;
 /// The same in f32, about 1e-7 each, where the values stay within a few units.
 const F32: f64 = 1e-5;
 
-/// Which refusal is right, if any; of strategies that this test does not know, whether the one that they
-/// give is true.
-fn assert_refusal_is_right(
-    strategy: &'static str,
-    case: &Case,
-    ranks: usize,
-    given: Option<&PlanError>,
-) -> Result<(), TestCaseError> {
+/// Which refusal is right, if any. Those that are not named here refuse nothing.
+fn right_refusal(strategy: &str, case: &Case, ranks: usize) -> Option<PlanError> {
     let attentions = || {
         case.subs
             .iter()
@@ -39,41 +35,45 @@ fn assert_refusal_is_right(
                 _ => None,
             })
     };
-    let over_all = attentions().find(|(_, axes)| axes.len() == case.lengths.len());
-    let right = match strategy {
+    let name = strategy.to_owned();
+    match strategy {
         "serial" => (ranks != 1).then_some(PlanError::Ranks {
-            strategy,
+            strategy: name,
             ranks,
             rule: "it is the model on one device; every other strategy runs on several",
         }),
-        "dsp" => over_all
+        "dsp" => attentions()
+            .find(|(_, axes)| axes.len() == case.lengths.len())
             .filter(|_| ranks > 1)
             .map(|(stage, _)| PlanError::NoAxisLeft {
-                strategy,
+                strategy: name,
                 stage,
                 axes: case.lengths.len(),
             }),
-        "ulysses" => attentions()
-            .next()
-            .filter(|_| case.heads.0 < ranks)
-            .map(|(stage, _)| PlanError::Heads {
-                strategy,
-                stage,
+        "ulysses" if case.heads.0 < ranks => {
+            // An axis that no stage attends needs no heads. Where there is none, the longest is refused first.
+            let axes = 0..case.lengths.len();
+            let first = |axis: usize| attentions().find(|(_, axes)| axes.contains(&axis));
+            let refusals: Option<Vec<_>> = axes.clone().map(first).collect();
+            let longest = axes.max_by_key(|&axis| (case.lengths[axis], usize::MAX - axis))?;
+            refusals.map(|mut refusals| PlanError::Heads {
+                strategy: name,
+                stage: refusals.swap_remove(longest).0,
                 heads: case.heads.0,
                 ranks,
-            }),
-        _ => {
-            let is_true = match given {
-                None => true,
-                Some(PlanError::NoAxisLeft { .. }) => over_all.is_some(),
-                Some(PlanError::Heads { heads, ranks, .. }) => heads < ranks,
-                Some(PlanError::Form { .. }) => true,
-                Some(_) => false,
-            };
-            prop_assert!(is_true, "{strategy} refuses wrongly: {given:?}");
-            return Ok(());
+            })
         }
-    };
+        _ => None,
+    }
+}
+
+fn assert_refusal_is_right(
+    strategy: &str,
+    case: &Case,
+    ranks: usize,
+    given: Option<&PlanError>,
+) -> Result<(), TestCaseError> {
+    let right = right_refusal(strategy, case, ranks);
     prop_assert_eq!(given, right.as_ref(), "{} on {} ranks", strategy, ranks);
     Ok(())
 }
@@ -111,6 +111,80 @@ proptest! {
     ) {
         check_all(&case, ranks, DType::F32, F32)?;
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    #[test]
+    fn replicas_of_every_strategy_give_the_serial_gradients_of_all_samples(
+        case in (1usize..=3).prop_flat_map(cases),
+        ranks in 1usize..=3,
+    ) {
+        // A replica has a sample at least.
+        prop_assume!(case.batch == 2);
+        for strategy in dsp_strategies::all() {
+            let outcome = check_replicas(&strategy, &case, (ranks, 2), F64)?;
+            assert_refusal_is_right(strategy.name(), &case, ranks, outcome.err().as_ref())?;
+        }
+    }
+
+    #[test]
+    fn two_runs_give_the_same_bits(case in (1usize..=3).prop_flat_map(cases), ranks in 2usize..=5) {
+        for strategy in dsp_strategies::all() {
+            let once = || run(&strategy, &case, ranks, DType::F32).map(|seen| whole(&seen));
+            if let (Ok(first), Ok(second)) = (once(), once()) {
+                for (name, values) in &first {
+                    let bits = |values: &[f64]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    prop_assert_eq!(bits(values), bits(&second[name]), "{} {}", strategy.name(), name);
+                }
+            }
+        }
+    }
+}
+
+/// Of the strategies that split an axis for ever, or move activations only, one with a first choice.
+fn mixtures() -> Vec<Arc<dyn SequenceParallel>> {
+    let names = [
+        "dsp+ulysses",
+        "dsp+megatron",
+        "dsp+lss",
+        "megatron+dsp",
+        "ulysses+lss",
+    ];
+    names
+        .map(|name| dsp_strategies::by_name(name).unwrap())
+        .into()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn a_mixture_runs_each_stage_with_one_of_its_parts_and_gives_the_serial_results(
+        case in (1usize..=3).prop_flat_map(cases),
+        ranks in 1usize..=5,
+    ) {
+        for mixture in mixtures() {
+            let outcome = check(&mixture, &case, ranks, DType::F64, F64)?;
+            // Each has a part that refuses nothing.
+            let refuses = mixture.name() == "dsp+ulysses" && case.heads.0 < ranks;
+            prop_assert!(outcome.is_ok() || refuses, "{}: {:?}", mixture.name(), outcome);
+        }
+    }
+}
+
+#[test]
+fn a_mixtures_second_part_runs_what_the_first_cannot() {
+    let mixture = dsp_strategies::by_name("dsp+ulysses").unwrap();
+    let case = model(
+        &[3, 4],
+        (4, 4),
+        vec![attend(&[0]), attend(&[0, 1]), attend(&[1])],
+    );
+    let plan = mixture.plan(&case.shape(), 2).unwrap();
+    let part = |stage: usize| plan.stages[stage].part.as_ref().unwrap().index;
+    assert_eq!([part(0), part(1), part(2)], [0, 1, 0]);
 }
 
 fn model(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
@@ -219,7 +293,9 @@ fn the_logsumexp_of_a_split_attention_is_the_serial_one_where_its_queries_are() 
     assert_eq!(serial.len(), 2 * 7 * 5);
     for strategy in dsp_strategies::all() {
         for ranks in 2..=5 {
-            if strategy.plan(&model, ranks).is_ok() {
+            // A strategy that shards heads has no attention of all of them on any rank.
+            let shards = |plan: Plan| plan.stages[0].inner != plan.stages[0].residual;
+            if strategy.plan(&model, ranks).is_ok_and(|plan| !shards(plan)) {
                 for (a, b) in run(strategy.clone(), ranks).iter().zip(&serial) {
                     assert!((a - b).abs() < F64, "{} on {ranks} ranks", strategy.name());
                 }

@@ -1,5 +1,5 @@
 //! What a strategy refuses it refuses in its plan, with the numbers and the rule.
-#![cfg(all(feature = "flex", feature = "dsp", feature = "ulysses"))]
+#![cfg(all(feature = "flex", feature = "all"))]
 #![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
 
 mod common;
@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use common::{Case, Checkpointing, Sub, attend};
 use dsp_core::strategy::{Form, OutputLayout, StageKind};
-use dsp_core::{Error, Group, ModelShape, PlanError, SequenceParallel, Session};
-use dsp_strategies::{Dsp, Serial, Ulysses, by_name};
+use dsp_core::{Error, Group, Mask, ModelShape, PlanError, SequenceParallel, Session};
+use dsp_strategies::{Dsp, Lss, Serial, Ulysses, by_name};
 
 fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
     Case {
@@ -52,7 +52,7 @@ fn dsp_needs_an_axis_that_a_stage_does_not_attend() {
     );
     let joint = case(&[3, 4], (2, 2), vec![attend(&[0]), attend(&[0, 1])]).shape();
     let expected = PlanError::NoAxisLeft {
-        strategy: "dsp",
+        strategy: "dsp".to_owned(),
         stage: "sub 1".to_owned(),
         axes: 2,
     };
@@ -69,7 +69,7 @@ fn ulysses_needs_a_query_head_for_each_rank() {
     let refusal = Ulysses.plan(&two_axes(), 5).unwrap_err();
     assert_eq!(
         refusal.to_string(),
-        "ulysses cannot run stage \"sub 0\": 4 query heads over 5 ranks leave a rank without a head; use at \
+        "ulysses cannot run stage \"sub 3\": 4 query heads over 5 ranks leave a rank without a head; use at \
          most 4 ranks"
     );
 }
@@ -102,24 +102,48 @@ fn heads_that_do_not_form_groups_are_refused_by_all_with_both_numbers() {
     );
 }
 
-#[test]
-fn softmax_strategies_refuse_linear_attention_by_the_stages_name() {
-    let mut model = two_axes();
-    let StageKind::Attention(attention) = &mut model.stages[3].kind else {
+/// One axis, attended linearly.
+fn linear(decay: &[f64], mask: Mask) -> ModelShape {
+    let mut model = case(&[8], (4, 2), vec![Sub::Mlp, attend(&[0])]).shape();
+    let StageKind::Attention(attention) = &mut model.stages[1].kind else {
         unreachable!()
     };
     attention.form = Form::Linear {
-        decay: vec![0.9; 4].into(),
+        decay: decay.into(),
     };
-    for strategy in [&Serial as &dyn SequenceParallel, &Dsp, &Ulysses] {
-        let refusal = strategy.plan(&model, 1).unwrap_err();
+    attention.mask = mask;
+    model
+}
+
+#[test]
+fn softmax_strategies_refuse_linear_attention_over_the_split_axis() {
+    let model = linear(&[0.9; 4], Mask::Causal);
+    Lss.plan(&model, 1).unwrap();
+    assert_eq!(
+        Lss.plan(&model, 2).unwrap_err().to_string(),
+        "lss cannot run stage \"sub 1\": it gathers keys and values for softmax attention, and this one is linear, \
+         whose state is all that must move; use lasp or lasp2"
+    );
+}
+
+#[test]
+fn linear_attention_that_is_not_causal_or_lacks_decays_is_refused_by_all() {
+    for strategy in dsp_strategies::all() {
+        let refusal = strategy.plan(&linear(&[0.9; 4], Mask::Full), 1);
         assert_eq!(
-            refusal.to_string(),
-            format!(
-                "{} cannot run stage \"sub 3\": it computes softmax attention, and this one is linear",
-                strategy.name()
-            )
+            refusal.unwrap_err().to_string(),
+            "stage \"sub 1\" is linear attention, whose state runs forward only: its mask must be causal"
         );
+        for decays in [&[0.9; 3][..], &[0.9, 0.9, 0.9, 1.5], &[0.9, 0.9, 0.9, 0.0]] {
+            let refusal = strategy.plan(&linear(decays, Mask::Causal), 1);
+            assert_eq!(
+                refusal.unwrap_err().to_string(),
+                format!(
+                    "stage \"sub 1\" is linear attention of 4 query heads with the decays {decays:?}: it needs one \
+                     in (0, 1] for each"
+                )
+            );
+        }
     }
 }
 
@@ -168,6 +192,6 @@ fn a_strategy_is_found_by_its_name_and_an_unknown_name_is_told_the_known_ones() 
     let message = by_name("rnig").unwrap_err().to_string();
     assert!(
         message
-            .starts_with("no strategy is called \"rnig\"; compiled in are: serial, dsp, ulysses")
+            .starts_with("no strategy is called \"rnig\"; compiled in are: serial, dsp, ulysses, ")
     );
 }

@@ -1,7 +1,7 @@
 //! What is sent, counted by the ledger and held to formulas that stand in this file: to the element and the
 //! byte, forward and backward, per rank. (That the ledger equals each plan's own formula is a part of
 //! `common::check`, and so of every equivalence test.)
-#![cfg(all(feature = "flex", feature = "dsp", feature = "ulysses"))]
+#![cfg(all(feature = "flex", feature = "all"))]
 #![allow(clippy::unwrap_used, reason = "a test that fails to run has failed")]
 
 mod common;
@@ -9,11 +9,13 @@ mod common;
 use std::sync::Arc;
 
 use burn::tensor::DType;
-use common::{Case, Checkpointing, HEAD, HIDDEN, Seen, Sub, assert_sent_as_planned, attend, run};
+use common::{
+    Case, Checkpointing, HEAD, HIDDEN, INNER, Seen, Sub, assert_sent_as_planned, attend, run,
+};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::OutputLayout;
 use dsp_core::{Partition, SeqAxis, SequenceParallel};
-use dsp_strategies::{Dsp, Ulysses};
+use dsp_strategies::{Dsp, Lss, Megatron, Ulysses};
 use proptest::prelude::*;
 
 fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
@@ -143,6 +145,93 @@ proptest! {
             prop_assert_eq!(seen.step.phase(Phase::Forward).elements, forward as u64);
             prop_assert_eq!(seen.step.phase(Phase::Backward).elements, backward as u64);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn lss_gathers_keys_and_values_forward_and_scatters_their_gradients_back(
+        length in 1usize..8,
+        (query, key_value) in prop::sample::select(vec![(5usize, 5usize), (6, 2), (5, 1)]),
+        ranks in 1usize..=5,
+    ) {
+        let case = one_attention(length, (query, key_value));
+        let sequence = Partition::balanced(length, ranks);
+        for (rank, seen) in observe(Lss, &case, ranks).iter().enumerate() {
+            let own = sequence.count(rank);
+            let unit = case.batch * 2 * key_value * HEAD;
+            let (forward, backward) = (seen.step.phase(Phase::Forward), seen.step.phase(Phase::Backward));
+            prop_assert_eq!(forward.elements, (unit * (ranks - 1) * own) as u64);
+            prop_assert_eq!(backward.elements, (unit * (length - own)) as u64);
+            let calls = u64::from(ranks > 1);
+            prop_assert_eq!((forward.calls, backward.calls), (calls, calls), "one fused exchange each way");
+        }
+    }
+
+    #[test]
+    fn megatron_gathers_before_and_scatters_after_each_sub_layer(
+        length in 1usize..8,
+        ranks in 1usize..=5,
+    ) {
+        let mut case = one_attention(length, (5, 1));
+        case.subs.extend([Sub::Mlp, Sub::Text]);
+        let sequence = Partition::balanced(length, ranks);
+        for (rank, seen) in observe(Megatron, &case, ranks).iter().enumerate() {
+            let own = sequence.count(rank);
+            let each = case.batch * HIDDEN * ((ranks - 1) * own + (length - own));
+            for phase in [Phase::Forward, Phase::Backward] {
+                prop_assert_eq!(seen.step.phase(phase).elements, 3 * each as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn megatrons_ranks_hold_their_share_of_the_weights_and_lss_ranks_of_the_table() {
+    let case = Case {
+        lengths: vec![8],
+        subs: vec![attend(&[0]), Sub::Mlp],
+        ..one_attention(8, (4, 4))
+    };
+    let held = |strategy: Arc<dyn SequenceParallel>, ranks: usize| {
+        let seen = run(&strategy, &case, ranks, DType::F32).unwrap();
+        let elements = |seen: &Seen| -> [usize; 3] {
+            let of = |names: &[&str]| {
+                let matching = |path: &str| names.iter().any(|name| path.contains(name));
+                seen.held()
+                    .filter(|(path, _)| matching(path))
+                    .map(|(_, count)| count)
+                    .sum()
+            };
+            [
+                of(&["layers.0.inputs", "layers.0.output"]),
+                of(&["layers.1.inputs"]),
+                of(&["table"]),
+            ]
+        };
+        seen.iter().map(elements).collect::<Vec<_>>()
+    };
+    let (attention, mlp, table) = (4 * HIDDEN * 4 * HEAD, HIDDEN * INNER, 8 * HIDDEN);
+    // Five inner features over four ranks: one each, and two for the last.
+    let features = [1, 1, 1, 2];
+    for (rank, found) in held(Arc::new(Megatron), 4).into_iter().enumerate() {
+        assert_eq!(found, [attention / 4, HIDDEN * features[rank], table]);
+    }
+    for found in held(Arc::new(Lss), 4) {
+        assert_eq!(found, [attention, mlp, table / 4]);
+    }
+}
+
+fn one_attention(length: usize, heads: (usize, usize)) -> Case {
+    Case {
+        batch: 2,
+        lengths: vec![length],
+        heads,
+        subs: vec![attend(&[0])],
+        output: OutputLayout::AsInput,
+        checkpointing: Checkpointing::Off,
     }
 }
 

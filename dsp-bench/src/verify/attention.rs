@@ -97,10 +97,18 @@ impl Case for AttentionCase {
         });
         let leaves = [q, k, v].map(Tensor::require_grad);
         let [q, k, v] = leaves.clone();
-        // Keys of another length than the queries are split in the same way.
-        let key_layout = match session.plan().input.split_axes().contains(SeqAxis::FIRST) {
-            true => Layout::split([self.sizes.keys, 1, 1], SeqAxis::FIRST, group.size()),
-            false => Layout::whole([self.sizes.keys, 1, 1]),
+        let planned = &session.plan().stages[0];
+        if planned.inner != planned.residual {
+            return Err(CaseError::NotApplicable(
+                "the strategy shards the projections around an attention, and the file has none",
+            ));
+        }
+        // Keys of another length than the queries are split evenly too.
+        let input = &session.plan().input;
+        let key_layout = match (self.sizes.keys == self.sizes.queries, input.split_axis()) {
+            (true, _) => input.clone(),
+            (false, Some((axis, _))) => Layout::split([self.sizes.keys, 1, 1], axis, group.size()),
+            (false, None) => Layout::whole([self.sizes.keys, 1, 1]),
         };
         let query = session.split(q)?;
         let key = Shard::split(k, &key_layout, rank)?;

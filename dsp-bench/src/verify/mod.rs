@@ -47,6 +47,9 @@ pub enum CaseError {
     /// The strategy refuses the model.
     #[error(transparent)]
     Refused(#[from] PlanError),
+    /// The case means nothing to the strategy.
+    #[error("{0}")]
+    NotApplicable(&'static str),
     /// The run failed.
     #[error(transparent)]
     Core(#[from] dsp_core::Error),
@@ -146,7 +149,7 @@ pub enum VerifyError {
         /// The case.
         case: String,
         /// The strategy.
-        strategy: &'static str,
+        strategy: String,
         /// The ranks.
         ranks: usize,
         /// The cause.
@@ -226,14 +229,14 @@ pub fn verify(
                             case,
                             strategy: strategy.name().to_owned(),
                             ranks,
-                            reason: refusal.to_string(),
+                            reason: refusal,
                         });
                     }
                     Err(source) => {
                         return Err(VerifyError::Run {
                             path: path.to_owned(),
                             case: case.name().to_owned(),
-                            strategy: strategy.name(),
+                            strategy: strategy.name().to_owned(),
                             ranks,
                             source: Box::new(source),
                         });
@@ -264,7 +267,7 @@ fn run(
     strategy: &Arc<dyn SequenceParallel>,
     ranks: usize,
     precision: Precision,
-) -> Result<Result<Produced, PlanError>, LaunchError> {
+) -> Result<Result<Produced, String>, LaunchError> {
     let (case, strategy) = (case.clone(), strategy.clone());
     let dtype = dtype(precision);
     let launch = Launch::new(ranks).timeout(Duration::from_secs(120));
@@ -272,7 +275,8 @@ fn run(
         move |group| match case.run(strategy.clone(), group, dtype) {
             Ok(produced) => Ok(Ok(produced)),
             // Every rank refuses alike, before any work: no failure of the launch.
-            Err(CaseError::Refused(refusal)) => Ok(Err(refusal)),
+            Err(CaseError::Refused(refusal)) => Ok(Err(refusal.to_string())),
+            Err(CaseError::NotApplicable(reason)) => Ok(Err(reason.to_owned())),
             Err(error) => Err(error),
         },
     )?;

@@ -452,6 +452,7 @@ fn keep_parameters<M: Module + OriginalNames>(
     mut gradients: Gradients,
 ) -> Result<(), CaseError> {
     let reduced = session.reduce(&mut gradients, placed)?;
+    let reduced = session.whole(reduced, placed)?;
     let named = named_gradients(&placed.module, &reduced)
         .map_err(|error| CaseError::Model(error.to_string()))?;
     for (name, data) in named {

@@ -10,7 +10,7 @@ use crate::blocks::DIMS;
 use crate::error::Error;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
 use crate::shape::reshape;
-use crate::strategy::AttentionStage;
+use crate::strategy::AttentionScope;
 
 /// The heads of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,26 +70,20 @@ pub struct HeldAttention<'a> {
     pub scale: f64,
 }
 
-/// Refuses queries, keys or values whose channels are not whole heads of the right dim, or not in the
-/// proportion that the stage declared.
+/// Refuses queries, keys or values whose channels are not those of the heads that a rank holds.
 ///
 /// # Errors
 /// [`Error::Shape`] with what was given and what fits.
-pub fn check_heads(qkv: &[Shard; 3], heads: Heads) -> Result<(), Error> {
-    let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
-    let [query, key, value] = channels;
-    let fits = query.is_multiple_of(heads.dim * heads.group())
-        && key * heads.group() == query
-        && value == key;
-    if fits {
+pub fn check_heads(channels: [usize; 3], heads: &HeadRange, dim: usize) -> Result<(), Error> {
+    let (queries, keys) = (heads.query.len(), heads.kv().len());
+    if channels == [queries * dim, keys * dim, keys * dim] {
         return Ok(());
     }
     Err(Error::Shape {
         what: "the attention's query, key and value",
         got: channels.to_vec(),
         rule: format!(
-            "their channels must be heads of {} in the proportion {} : {} : {}",
-            heads.dim, heads.query, heads.key_value, heads.key_value
+            "their channels must be {queries}, {keys} and {keys} heads of {dim}: those that this rank holds"
         ),
     })
 }
@@ -97,33 +91,25 @@ pub fn check_heads(qkv: &[Shard; 3], heads: Heads) -> Result<(), Error> {
 /// A self-attention within what this rank holds: exact if the keys' attended axes are whole.
 ///
 /// # Shapes
-/// - `qkv`: `[B, s1, s2, s3, heads·d]` each; how many heads is read from the shapes
+/// - `qkv`: `[B, s1, s2, s3, heads·d]` each, of the heads that the rank holds
 /// - returns: laid out as the query
 ///
 /// # Errors
 /// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis.
-pub fn attend_local(
-    qkv: [Shard; 3],
-    attention: &AttentionStage,
-    logsumexp: Logsumexp,
-) -> Result<Attended, Error> {
-    let heads = qkv[0].tensor().dims()[4] / attention.heads.dim;
-    let held = HeadRange {
-        query: 0..heads,
-        group: attention.heads.group(),
-    };
+pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {
+    let attention = scope.attention;
     let layout = qkv[0].layout().clone();
     let rank = qkv[0].rank();
     let (output, lse) = attend_held(
         qkv,
         HeldAttention {
             axes: attention.axes,
-            heads: &held,
+            heads: scope.heads,
             mask: &attention.mask,
             scale: attention.scale,
         },
     )?;
-    let logsumexp = match logsumexp {
+    let logsumexp = match scope.logsumexp {
         Logsumexp::Wanted => Some(Shard::new(lse, layout.clone(), rank)?),
         Logsumexp::Unwanted => None,
     };
@@ -185,8 +171,8 @@ pub fn attend_held(
 /// the gradients of `key` and `value` are this rank's terms of a sum over the ranks.
 ///
 /// # Shapes
-/// - `query`: `[B, s1, s2, s3, heads·d]`
-/// - `key`, `value`: `[B, length, heads·d]`
+/// - `query`: `[B, s1, s2, s3, heads·d]`, of the held heads
+/// - `key`, `value`: `[B, length, heads·d]`, of theirs
 /// - `lengths`: per sample, how many of the keys count
 /// - returns: laid out as the query
 ///
@@ -196,49 +182,42 @@ pub fn cross_attention(
     query: Shard,
     key: Tensor<3>,
     value: Tensor<3>,
-    heads: Heads,
+    (heads, dim): (&HeadRange, usize),
     lengths: Arc<[usize]>,
 ) -> Result<Shard, Error> {
     let [batch, s1, s2, s3, channels] = query.tensor().dims();
     let [key_batch, length, key_channels] = key.dims();
-    let fits = key_batch == batch
-        && value.dims() == key.dims()
-        && lengths.len() == batch
-        && key_channels.is_multiple_of(heads.dim)
-        && channels == key_channels * heads.group();
+    let [_, _, value_channels] = value.dims();
+    check_heads([channels, key_channels, value_channels], heads, dim)?;
+    let fits = key_batch == batch && value.dims()[..2] == key.dims()[..2] && lengths.len() == batch;
     if !fits {
         return Err(Error::Shape {
             what: "a cross-attention's key",
-            got: vec![key_batch, length, key_channels],
+            got: key.dims().to_vec(),
             rule: format!(
-                "a query of {channels} channels in {batch} samples with {} lengths needs {} channels in heads of {}",
-                lengths.len(),
-                channels / heads.group(),
-                heads.dim
+                "{batch} samples with {} lengths need as many samples of keys and values",
+                lengths.len()
             ),
         });
     }
     let rows = s1 * s2 * s3;
-    let (queries, keys) = (channels / heads.dim, key_channels / heads.dim);
+    let (queries, keys) = (heads.query.len(), heads.kv().len());
     let mask = if lengths.iter().all(|&count| count >= length) {
         Mask::Full
     } else {
         Mask::KeyLengths(lengths)
     };
     let problem = Problem {
-        heads: HeadRange {
-            query: 0..queries,
-            group: heads.group(),
-        },
+        heads: heads.clone(),
         mask,
         query_positions: nonempty(0..rows),
         key_positions: nonempty(0..length),
-        scale: (heads.dim as f64).powf(-0.5),
+        scale: (dim as f64).powf(-0.5),
     };
-    let key = reshape(key, [batch, length, keys, heads.dim]);
-    let value = reshape(value, [batch, length, keys, heads.dim]);
+    let key = reshape(key, [batch, length, keys, dim]);
+    let value = reshape(value, [batch, length, keys, dim]);
     Ok(query.map(|query| {
-        let query = reshape(query, [batch, rows, queries, heads.dim]);
+        let query = reshape(query, [batch, rows, queries, dim]);
         let (output, _) = softmax_attention(query, key, value, problem);
         reshape(output, [batch, s1, s2, s3, channels])
     })?)

@@ -25,7 +25,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, DType, Device, Tensor, TensorData, s};
 
-use super::{Mask, Visibility};
+use super::{Heads, Mask, Visibility};
 use crate::vjp;
 
 /// The query heads that a rank holds, and how many of them share a kv head.
@@ -42,6 +42,14 @@ pub struct HeadRange {
 }
 
 impl HeadRange {
+    /// All of some heads.
+    pub fn all(heads: Heads) -> Self {
+        Self {
+            query: 0..heads.query,
+            group: heads.group(),
+        }
+    }
+
     /// The kv heads that the query heads attend with, numbered over all ranks.
     ///
     /// # Panics

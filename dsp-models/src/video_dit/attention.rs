@@ -5,10 +5,10 @@ use std::sync::Arc;
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
+use dsp_core::Shard;
 use dsp_core::linear::{project, project_without_bias};
 use dsp_core::session::StageRun;
 use dsp_core::shape::reshape;
-use dsp_core::{Heads, Shard, attention};
 
 use super::config::{BlockConfig, TIME};
 use crate::error::ModelError;
@@ -139,10 +139,9 @@ impl CrossAttention {
         let query = stage.enter(x)?.map(|x| project(x, &self.q_linear))?;
         let text_kv = project(text.tokens.clone(), &self.kv_linear);
         let width = text_kv.dims()[2] / 2;
-        let heads = Heads::multi(width / self.head_dim, self.head_dim);
-        let key = text_kv.clone().narrow(2, 0, width);
-        let value = text_kv.narrow(2, width, width);
-        let x = attention::cross_attention(query, key, value, heads, text.lengths.clone())?;
+        let key = narrow(text_kv.clone(), 2, 0..width);
+        let value = narrow(text_kv, 2, width..2 * width);
+        let x = stage.cross_attend(query, key, value, text.lengths.clone())?;
         let x = x.map(|x| project_without_bias(x, &self.proj))?;
         Ok(stage.leave(x, bias(&self.proj))?)
     }

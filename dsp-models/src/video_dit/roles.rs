@@ -1,6 +1,7 @@
 //! What each parameter is for, so that a strategy can decide which part of it a rank holds.
 
-use dsp_core::strategy::{Part, Role};
+use dsp_core::Heads;
+use dsp_core::strategy::{Part, Role, Units};
 
 use super::config::BlockConfig;
 
@@ -9,7 +10,8 @@ use super::config::BlockConfig;
 /// Projections into heads and into the feed-forward network's inner width are columns, those back are rows,
 /// whose biases, added after the reduction, are replicated like everything else. Weights are `[in, out]`.
 pub fn roles(config: &BlockConfig) -> impl Fn(&str) -> Part + use<> {
-    let (heads, inner) = (config.num_heads, config.inner_size());
+    let heads = Heads::multi(config.num_heads, config.head_dim());
+    let (heads, inner) = (Units::Query(heads), Units::Features(config.inner_size()));
     move |path: &str| match stage(path) {
         Some(stage) => role(path, heads, inner).in_stage(stage),
         None => Role::Replicated.into(),
@@ -36,7 +38,7 @@ fn stage(path: &str) -> Option<usize> {
     Some(6 * pair + of_pair + of_block)
 }
 
-fn role(path: &str, heads: usize, inner: usize) -> Role {
+fn role(path: &str, heads: Units, inner: Units) -> Role {
     let mut parts = path.rsplit('.');
     let (dim, layer) = match (parts.next(), parts.next()) {
         (Some("weight"), Some(layer)) => (1, layer),

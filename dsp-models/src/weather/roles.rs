@@ -1,6 +1,7 @@
 //! What each parameter is for, so that a strategy can decide which part of it a rank holds.
 
-use dsp_core::strategy::{Part, Role};
+use dsp_core::Heads;
+use dsp_core::strategy::{Part, Role, Units};
 
 use super::config::WeatherConfig;
 
@@ -10,7 +11,8 @@ use super::config::WeatherConfig;
 /// everything else is replicated. Weights are `[in, out]`.
 pub fn roles(config: &WeatherConfig) -> impl Fn(&str) -> Part + use<> {
     let block = config.block();
-    let (heads, inner) = (block.num_heads, block.inner_size());
+    let heads = Heads::multi(block.num_heads, block.head_dim());
+    let (heads, inner) = (Units::Query(heads), Units::Features(block.inner_size()));
     move |path: &str| match stage(path) {
         Some(stage) => role(path, heads, inner).in_stage(stage),
         None => Role::Replicated.into(),
@@ -31,7 +33,7 @@ fn stage(path: &str) -> Option<usize> {
     Some(4 * layer + of_layer)
 }
 
-fn role(path: &str, heads: usize, inner: usize) -> Role {
+fn role(path: &str, heads: Units, inner: Units) -> Role {
     let columns = |dim, fused, units| Role::Columns { dim, fused, units };
     let mut parts = path.rsplit('.');
     match (parts.next(), parts.next()) {
@@ -80,14 +82,22 @@ mod tests {
         let part = |role: Role, stage| role.in_stage(stage);
         let columns = |dim, fused, units| Role::Columns { dim, fused, units };
         let rows = |units| Role::Rows { dim: 0, units };
+        let heads = Units::Query(Heads::multi(2, 4));
+        let inner = Units::Features(32);
         for (path, expected) in [
-            ("layers.0.time.attn.qkv.weight", part(columns(1, 3, 2), 0)),
-            ("layers.0.latitude.attn.qkv.bias", part(columns(0, 3, 2), 1)),
-            ("layers.0.longitude.attn.proj.weight", part(rows(2), 2)),
+            (
+                "layers.0.time.attn.qkv.weight",
+                part(columns(1, 3, heads), 0),
+            ),
+            (
+                "layers.0.latitude.attn.qkv.bias",
+                part(columns(0, 3, heads), 1),
+            ),
+            ("layers.0.longitude.attn.proj.weight", part(rows(heads), 2)),
             ("layers.0.time.attn.proj.bias", part(Role::Replicated, 0)),
             ("layers.0.time.attn.q_norm.gamma", part(Role::Replicated, 0)),
-            ("layers.0.mlp.fc1.bias", part(columns(0, 1, 32), 3)),
-            ("layers.0.mlp.fc2.weight", part(rows(32), 3)),
+            ("layers.0.mlp.fc1.bias", part(columns(0, 1, inner), 3)),
+            ("layers.0.mlp.fc2.weight", part(rows(inner), 3)),
             ("head.weight", Role::Replicated.into()),
         ] {
             assert_eq!(roles(path), expected, "{path}");

@@ -361,12 +361,12 @@ impl Ending {
     ) -> Result<burn::optim::GradientsParams, ModelError> {
         let reduced = session.reduce(&mut self.gradients, placed)?;
         let traffic = session.group().ledger().take();
-        let count = gradients::replicated_parameters(placed);
+        let count = gradients::reduced_parameters(placed);
         self.account.reduce = (
             sent(&traffic, Phase::Gradients),
             session.expected_reduce(count),
         );
-        Ok(reduced)
+        Ok(session.whole(reduced, placed)?)
     }
 }
 

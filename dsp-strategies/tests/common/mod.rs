@@ -9,20 +9,20 @@
 )]
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData, module};
-use dsp_core::attention::cross_attention;
 use dsp_core::cost::Elements;
-use dsp_core::gradients::replicated_parameters;
-use dsp_core::layout::select_ranges;
+use dsp_core::gradients::reduced_parameters;
+use dsp_core::layout::MeshAxis;
 use dsp_core::ledger::{Entry, Phase, Traffic};
 use dsp_core::shape::reshape;
-use dsp_core::strategy::{AttentionStage, OutputLayout, Placement, Role, StageKind};
+use dsp_core::strategy::{AttentionStage, OutputLayout, Part, Placement, Role, StageKind, Units};
 use dsp_core::{
-    AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Placed, PlanError, SeqAxis,
+    AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Partition, Placed, PlanError, SeqAxis,
     SequenceParallel, Session, Shard, Stage,
 };
 use proptest::prelude::*;
@@ -113,35 +113,52 @@ impl Case {
         self.shape().lengths().unwrap()
     }
 
-    fn text_lengths(&self) -> Arc<[usize]> {
-        (0..self.batch).map(|sample| TEXT - sample % 2).collect()
+    /// How many tokens of the text count for each of some samples.
+    fn text_lengths(samples: Range<usize>) -> Arc<[usize]> {
+        samples.map(|sample| TEXT - sample % 2).collect()
     }
 
-    /// The role of the parameter at a path, such as `layers.2.inputs.0`.
-    pub(crate) fn role(&self, path: &str) -> Role {
-        let mut words = path.split('.');
-        let (Some("layers"), Some(layer), Some(name)) = (words.next(), words.next(), words.next())
-        else {
-            return Role::Replicated;
+    /// The same model of some of the samples.
+    fn of_samples(&self, samples: &Range<usize>) -> Self {
+        let mut part = self.clone();
+        part.batch = samples.len();
+        for sub in &mut part.subs {
+            if let Sub::Attention(_, Mask::KeyLengths(lengths)) = sub {
+                *lengths = lengths[samples.clone()].into();
+            }
+        }
+        part
+    }
+
+    /// The role of the parameter at a path, such as `layers.2.inputs.0`, in its stage.
+    pub(crate) fn role(&self, path: &str) -> Part {
+        let words: Vec<&str> = path.split('.').collect();
+        let (layer, name) = match words[..] {
+            ["table"] => {
+                let axis = SeqAxis::FIRST;
+                return Role::Table { dim: 0, axis }.into();
+            }
+            ["layers", layer, name, ..] => (layer.parse::<usize>().unwrap(), name),
+            _ => return Role::Replicated.into(),
         };
-        let units = match self.subs[layer.parse::<usize>().unwrap()] {
-            Sub::Mlp => INNER,
-            _ => self.heads.1,
+        let heads = self.heads();
+        let units = match (&self.subs[layer], words.get(3)) {
+            (Sub::Mlp, _) => Units::Features(INNER),
+            (_, Some(&"1" | &"2")) => Units::KeyValue(heads),
+            _ => Units::Query(heads),
         };
-        match name {
-            "inputs" => Role::Columns {
-                dim: 1,
-                fused: 1,
-                units,
-            },
-            "input_biases" => Role::Columns {
-                dim: 0,
-                fused: 1,
-                units,
-            },
+        let columns = |dim| Role::Columns {
+            dim,
+            fused: 1,
+            units,
+        };
+        let role = match name {
+            "inputs" => columns(1),
+            "input_biases" => columns(0),
             "output" => Role::Rows { dim: 0, units },
             _ => Role::Replicated,
-        }
+        };
+        role.in_stage(layer)
     }
 }
 
@@ -160,7 +177,7 @@ pub(crate) struct Model {
     layers: Vec<Layer>,
 }
 
-/// A value in [-1, 1) for each pair of numbers.
+/// A value in [-1, 1] for each pair of numbers, one that f32 can hold: so that both precisions compute the same.
 pub(crate) fn noise(seed: u64, index: usize) -> f64 {
     let mut z = seed
         .wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -168,7 +185,7 @@ pub(crate) fn noise(seed: u64, index: usize) -> f64 {
         .wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^= z >> 32;
-    (z >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    f64::from(((z >> 11) as f64 / (1u64 << 52) as f64 - 1.0) as f32)
 }
 
 fn random<const D: usize>(shape: [usize; D], seed: u64, dtype: DType) -> Tensor<D> {
@@ -218,10 +235,9 @@ impl Model {
         case: &Case,
         session: &Session,
         x: Shard,
-        text: &Tensor<3>,
+        (text, text_lengths): (&Tensor<3>, Arc<[usize]>),
     ) -> Result<Shard, Error> {
-        let positions = x.positions(SeqAxis::FIRST);
-        let table = select_ranges(self.table.val(), 0, &positions);
+        let table = x.rows_of(self.table.val(), SeqAxis::FIRST)?;
         let count = table.dims()[0];
         let mut x = x.map(|x| x + reshape(table, [1, count, 1, 1, HIDDEN]))?;
         let mut stages = session.stages();
@@ -243,7 +259,7 @@ impl Model {
                 Sub::Text => {
                     let q = h.map(|h| layer.input(0, h))?;
                     let (k, v) = (layer.input(1, text.clone()), layer.input(2, text.clone()));
-                    cross_attention(q, k, v, case.heads(), case.text_lengths())?
+                    stage.cross_attend(q, k, v, text_lengths.clone())?
                 }
                 Sub::Mlp => h.map(|h| layer.input(0, h).tanh())?,
             };
@@ -268,7 +284,7 @@ fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1
     let y = reshape(x, [rows, input]).matmul(weight);
     dims[D - 1] = output;
     let y = match bias {
-        Some(bias) => y + bias.unsqueeze(),
+        Some(bias) => y + reshape(bias, [1, output]),
         None => y,
     };
     reshape(y, dims)
@@ -314,6 +330,15 @@ pub(crate) struct Seen {
     pub(crate) gather: (Entry, Elements),
 }
 
+impl Seen {
+    /// How many elements of each parameter the rank holds.
+    pub(crate) fn held(&self) -> impl Iterator<Item = (&str, usize)> {
+        let elements = |gradient: &Gradient| gradient.shape.iter().product();
+        let parameters = self.parameters.iter();
+        parameters.map(move |(path, gradient)| (path.as_str(), elements(gradient)))
+    }
+}
+
 struct Collect<'a> {
     path: Vec<String>,
     gradients: &'a GradientsParams,
@@ -348,30 +373,64 @@ pub(crate) fn run(
     ranks: usize,
     dtype: DType,
 ) -> Result<Vec<Seen>, PlanError> {
+    run_replicas(strategy, case, (ranks, 1), dtype)
+}
+
+/// Runs the model on `ranks` ranks in each of some replicas, which have a part of the samples each.
+pub(crate) fn run_replicas(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    (ranks, replicas): (usize, usize),
+    dtype: DType,
+) -> Result<Vec<Seen>, PlanError> {
     strategy.plan(&case.shape(), ranks)?;
     let model = Arc::new(Model::new(case, dtype));
-    let (strategy, case) = (strategy.clone(), case.clone());
-    let seen = Launch::new(ranks)
+    let (strategy, whole_case) = (strategy.clone(), case.clone());
+    let samples = Partition::balanced(case.batch, replicas);
+    let seen = Launch::new(ranks * replicas)
         .timeout(std::time::Duration::from_secs(20))
-        .run(move |group| -> Result<Seen, Error> {
+        .run(move |world| -> Result<Seen, Error> {
+            let inside = MeshAxis {
+                stride: 1,
+                size: ranks,
+            };
+            let across = MeshAxis {
+                stride: ranks,
+                size: replicas,
+            };
+            let samples = &samples.ranges(across.coordinate(world.rank()))[0];
+            let case = whole_case.of_samples(samples);
+            let group = match replicas {
+                1 => world.clone(),
+                _ => world.along(inside)?,
+            };
             let device = match case.checkpointing {
                 Checkpointing::Off => Device::flex().autodiff(),
                 Checkpointing::On => Device::flex().autodiff().gradient_checkpointing(),
             };
-            let session = Session::new(strategy.clone(), group, case.shape())?;
+            let mut session = Session::new(strategy.clone(), group, case.shape())?;
+            if replicas > 1 {
+                session = session.with_replicas(world.along(across)?);
+            }
             let placed = session.place(&*model, |path| case.role(path), &device);
             let [a, b, c] = case.lengths();
-            let whole = [case.batch, a, b, c, HIDDEN];
+            let batch = whole_case.batch;
+            let whole = [batch, a, b, c, HIDDEN];
             fn leaf<const D: usize>(value: &Tensor<D>, device: &Device) -> Tensor<D> {
                 Tensor::from_data(value.to_data(), (device, value.dtype())).require_grad()
             }
             let x = leaf(&random(whole, 101, dtype), &device);
-            let text = leaf(&random([case.batch, TEXT, HIDDEN], 102, dtype), &device);
-            let output =
-                placed
-                    .module
-                    .forward(&case, &session, session.split(x.clone())?, &text)?;
+            let text = leaf(&random([batch, TEXT, HIDDEN], 102, dtype), &device);
+            let own_text = text.clone().narrow(0, samples.start, samples.len());
+            let own_x = x.clone().narrow(0, samples.start, samples.len());
+            let output = placed.module.forward(
+                &case,
+                &session,
+                session.split(own_x)?,
+                (&own_text, Case::text_lengths(samples.clone())),
+            )?;
             let weight = Tensor::from_data(random(whole, 103, dtype).to_data(), (&device, dtype));
+            let weight = weight.narrow(0, samples.start, samples.len());
             let weight = Shard::split(weight, output.layout(), output.rank())?;
             let y = output.tensor().clone();
             let loss = (y.clone() * y * weight.into_tensor()).sum();
@@ -390,7 +449,7 @@ pub(crate) fn run(
                 found: BTreeMap::new(),
             };
             placed.module.visit(&mut collect);
-            let count = replicated_parameters(&placed);
+            let count = reduced_parameters(&placed);
             Ok(Seen {
                 output: values(&gathered.inner()),
                 input: values(&dx.unwrap()),
@@ -428,6 +487,7 @@ pub(crate) fn whole(seen: &[Seen]) -> BTreeMap<String, Vec<f64>> {
         let gradient = match &first.placement {
             Placement::Replicated => first.values.clone(),
             Placement::Sharded { dim, .. } => joined(seen, path, *dim),
+            Placement::Shared { .. } => joined_once(seen, path),
         };
         whole.insert(path.clone(), gradient);
     }
@@ -452,6 +512,37 @@ fn joined(seen: &[Seen], path: &str, dim: usize) -> Vec<f64> {
     joined
 }
 
+/// A shared parameter's gradient: what several ranks hold is the same on each.
+fn joined_once(seen: &[Seen], path: &str) -> Vec<f64> {
+    let parts = || seen.iter().map(|seen| &seen.parameters[path]);
+    let held = |part: &Gradient| match &part.placement {
+        Placement::Shared { dim, ranges } => (*dim, ranges.clone()),
+        other => panic!("{path} is shared on every rank, but here {other:?}"),
+    };
+    let ends = parts().flat_map(|part| held(part).1).map(|range| range.end);
+    let length = ends.max().unwrap();
+    let (dim, shape) = (
+        held(&seen[0].parameters[path]).0,
+        &seen[0].parameters[path].shape,
+    );
+    let outer: usize = shape[..dim].iter().product();
+    let inner: usize = shape[dim + 1..].iter().product();
+    let mut whole: Vec<Option<f64>> = vec![None; outer * length * inner];
+    for part in parts() {
+        let positions: Vec<usize> = held(part).1.into_iter().flatten().collect();
+        for (index, &value) in part.values.iter().enumerate() {
+            let (row, rest) = (
+                index / (positions.len() * inner),
+                index % (positions.len() * inner),
+            );
+            let place = (row * length + positions[rest / inner]) * inner + rest % inner;
+            assert!(whole[place].is_none_or(|other| other.to_bits() == value.to_bits()));
+            whole[place] = Some(value);
+        }
+    }
+    whole.into_iter().map(Option::unwrap).collect()
+}
+
 /// The replicated results are the same bits on every rank.
 pub(crate) fn assert_alike_on_all_ranks(seen: &[Seen]) -> Result<(), TestCaseError> {
     for other in &seen[1..] {
@@ -465,7 +556,9 @@ pub(crate) fn assert_alike_on_all_ranks(seen: &[Seen]) -> Result<(), TestCaseErr
     Ok(())
 }
 
-/// Holds results to the serial ones: |Δ| ≤ `tolerance` · max(1, max|serial|), tensor by tensor.
+/// Holds results to the serial ones: |Δ| ≤ `tolerance` · max(1, max|serial|), the largest of the tensor's layer:
+/// a gradient that cancels to nothing, as that of a key's bias, carries the roundings of what was summed, which
+/// is as large as the layer's other gradients.
 pub(crate) fn assert_close(
     what: &str,
     serial: &BTreeMap<String, Vec<f64>>,
@@ -482,7 +575,12 @@ pub(crate) fn assert_close(
             what,
             name
         );
-        let size = expected.iter().fold(1.0, |size: f64, x| size.max(x.abs()));
+        let layer = |name: &str| name.split('.').take(2).collect::<Vec<_>>().join(".");
+        let of_layer = serial
+            .iter()
+            .filter(|(other, _)| layer(other) == layer(name));
+        let values = of_layer.flat_map(|(_, values)| values);
+        let size = values.fold(1.0, |size: f64, x| size.max(x.abs()));
         for (index, (a, b)) in found.iter().zip(expected).enumerate() {
             let difference = (a - b).abs() / size;
             prop_assert!(
@@ -494,7 +592,10 @@ pub(crate) fn assert_close(
     Ok(())
 }
 
-/// Runs a case serially and under a strategy, and compares everything.
+/// Runs a case serially, in f64, and under a strategy, and compares everything.
+///
+/// f32 is held to f64 too: where terms cancel, as in the gradient of a key's bias, which is 0, two f32 runs
+/// differ by the sum of both's roundings.
 pub(crate) fn check(
     strategy: &Arc<dyn SequenceParallel>,
     case: &Case,
@@ -503,7 +604,7 @@ pub(crate) fn check(
     tolerance: f64,
 ) -> Result<Result<(), PlanError>, TestCaseError> {
     let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
-    let reference = whole(&run(&serial, case, 1, dtype).unwrap());
+    let reference = whole(&run(&serial, case, 1, DType::F64).unwrap());
     let seen = match run(strategy, case, ranks, dtype) {
         Ok(seen) => seen,
         Err(refusal) => return Ok(Err(refusal)),
@@ -543,6 +644,35 @@ pub(crate) fn assert_sent_as_planned(seen: &[Seen], dtype: DType) -> Result<(), 
         );
     }
     Ok(())
+}
+
+/// Runs a case serially, and under a strategy on ranks times replicas, and compares everything.
+pub(crate) fn check_replicas(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    (ranks, replicas): (usize, usize),
+    tolerance: f64,
+) -> Result<Result<(), PlanError>, TestCaseError> {
+    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
+    let reference = whole(&run(&serial, case, 1, DType::F64).unwrap());
+    let seen = match run_replicas(strategy, case, (ranks, replicas), DType::F64) {
+        Ok(seen) => seen,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    let what = format!("{} on {ranks} ranks × {replicas}", strategy.name());
+    // Inputs' gradients are sums over everyone; parameters' are found in each replica alike.
+    let mut found = whole(&seen);
+    let outputs = seen.chunks(ranks).flat_map(|seen| seen[0].output.clone());
+    found.insert("output".to_owned(), outputs.collect());
+    for replica in seen.chunks(ranks) {
+        for (path, gradient) in whole(replica) {
+            if replica[0].parameters.contains_key(&path) {
+                found.insert(path, gradient);
+            }
+        }
+        assert_close(&what, &reference, &found, tolerance)?;
+    }
+    Ok(Ok(()))
 }
 
 fn masks(batch: usize) -> impl Strategy<Value = Mask> {

@@ -1,0 +1,132 @@
+//! Megatron-SP: weights of attention and feed-forward are sharded by heads and features; sequence between them.
+//!
+//! ```text
+//!   residual stream            sub-layer                                residual stream
+//!     ┌────────┐              ┌──────────────────────┐                    ┌────────┐
+//!     │ rank 0 │  all-gather  │ all positions, heads │  reduce-scatter    │ rank 0 │
+//!     ├────────┤ ───────────▶ │ or features of 1/N   │ ─────────────────▶ ├────────┤
+//!     │ rank 1 │  of the      │ of the weights       │  of partial sums   │ rank 1 │
+//!     └────────┘  normed x    └──────────────────────┘                    └────────┘
+//! ```
+//!
+//! Cost, for each sub-layer: rank `r` sends `B·C·(N−1)·l_r` in and `B·C·(L − l_r)` out, that is `2·M(N−1)/N` of an
+//! activation of `M`, and as much backward. The graph keeps the gathered input, `M` a sub-layer on every rank, so
+//! that backward does not gather it again; one that gathered again would send half as much more and keep
+//! `M/N`.
+//!
+//! Weights: each rank holds the columns of its query heads, of the key-value heads that they use, and of its
+//! inner features, and the rows back. A key-value head that several ranks use is held by each, and its gradient
+//! summed over them. With more ranks than query heads some ranks have none: right, but idle. Norms and the biases
+//! that are added after the reduction are replicated; their gradients are sums over the ranks' positions.
+//!
+//! Requires: nothing.
+//!
+//! Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use dsp_core::attention::{HeadRange, Heads};
+use dsp_core::collective::relayout;
+use dsp_core::cost::{self, Elements};
+use dsp_core::layout::Value;
+use dsp_core::strategy::{
+    Parameter, Placement, Role, Scope, StagePlan, Units, add_bias,
+};
+use dsp_core::{
+    Error, Layout, ModelShape, Partition, PlanError, SequenceParallel, Shard, Stage,
+};
+
+/// Megatron's sequence parallelism around tensor parallelism.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Megatron;
+
+impl SequenceParallel for Megatron {
+    fn name(&self) -> &'static str {
+        "megatron"
+    }
+
+    fn plan_stage(
+        &self,
+        model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        let local = StagePlan::local(residual, ranks);
+        let Some((axis, partition)) = residual.split_axis() else {
+            return Ok(local);
+        };
+        let others = residual.positions_beside(axis);
+        let plan = StagePlan {
+            inner: Layout::whole(residual.lengths()),
+            ..local
+        };
+        Ok(plan.sending(|rank| {
+            // In by an all-gather, out by a reduce-scatter; each the other's transpose.
+            let there = cost::all_gather(model.batch, model.hidden, others, partition, rank);
+            there + Elements::both(there.backward, there.forward)
+        }))
+    }
+
+    fn placement(&self, parameter: &Parameter<'_>, rank: usize, ranks: usize) -> Placement {
+        let (dim, fused, units) = match parameter.role {
+            // A parameter of no stage is no sub-layer's.
+            _ if parameter.stage.is_none() => return Placement::Replicated,
+            Role::Columns { dim, fused, units } => (dim, fused, units),
+            Role::Rows { dim, units } => (dim, 1, units),
+            _ => return Placement::Replicated,
+        };
+        let part = parameter.shape[dim] / fused;
+        let unit = part.checked_div(units.count()).unwrap_or(0);
+        let held = held_units(units, rank, ranks);
+        let ranges = (0..fused).map(|index| {
+            let start = index * part;
+            start + held.start * unit..start + held.end * unit
+        });
+        let ranges = ranges.collect();
+        let all = (0..ranks).map(|rank| held_units(units, rank, ranks).len());
+        if all.sum::<usize>() > units.count() {
+            Placement::Shared { dim, ranges }
+        } else {
+            Placement::Sharded { dim, ranges }
+        }
+    }
+
+    fn held_heads(
+        &self,
+        heads: Heads,
+        _plan: &StagePlan,
+        rank: usize,
+        ranks: usize,
+    ) -> HeadRange {
+        query_heads(heads, rank, ranks)
+    }
+
+    fn leave(&self, x: Shard, bias: Option<Tensor<1>>, scope: &Scope<'_>) -> Result<Shard, Error> {
+        let x = x.with_value(Value::Partial);
+        add_bias(relayout(x, &scope.plan.residual, scope.group)?, bias)
+    }
+}
+
+/// The query heads of a rank.
+fn query_heads(heads: Heads, rank: usize, ranks: usize) -> HeadRange {
+    HeadRange {
+        query: share(heads.query, rank, ranks),
+        group: heads.group(),
+    }
+}
+
+/// The units of a rank: features and query heads evenly, key-value heads as the query heads need them.
+fn held_units(units: Units, rank: usize, ranks: usize) -> Range<usize> {
+    match units {
+        Units::Query(heads) => query_heads(heads, rank, ranks).query,
+        Units::KeyValue(heads) => query_heads(heads, rank, ranks).kv(),
+        Units::Features(count) => share(count, rank, ranks),
+    }
+}
+
+fn share(count: usize, rank: usize, ranks: usize) -> Range<usize> {
+    let partition = Partition::balanced(count, ranks);
+    partition.ranges(rank).first().cloned().unwrap_or(0..0)
+}
