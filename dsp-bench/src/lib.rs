@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that it runs on |
+//! | [`fields`] | real weather: variables over time, latitude and longitude from a NetCDF file |
 //! | [`subject`] | the model that it runs, and one step of it |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
@@ -12,6 +13,7 @@
 pub mod allocator;
 pub mod clip;
 pub mod compare;
+pub mod fields;
 pub mod progress;
 pub mod record;
 pub mod reference;

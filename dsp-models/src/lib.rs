@@ -8,8 +8,9 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`video_dit`] | STDiT-3, the video diffusion transformer of Open-Sora 1.2 |
+//! | [`weather`] | an axial transformer over time, latitude and longitude |
 //! | [`layers`] | what transformers are made of: norms, feed-forward networks, rotary embedding |
-//! | [`training`] | a step of rectified flow |
+//! | [`training`] | a step of rectified flow, for [`video_dit`] |
 //! | [`weights`] | safetensors in and out; gradients under the original names |
 //! | [`random`] | numbers that every rank draws alike |
 //! | [`error`] | what can go wrong |
@@ -19,7 +20,9 @@ pub mod layers;
 pub mod random;
 pub mod training;
 pub mod video_dit;
+pub mod weather;
 pub mod weights;
 
 pub use error::{ConfigError, ModelError};
 pub use video_dit::{BlockConfig, BlockPairs, VideoDit, VideoDitConfig};
+pub use weather::{Weather, WeatherConfig};

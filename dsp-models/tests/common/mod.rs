@@ -6,6 +6,8 @@
     reason = "each test binary uses a part; a test that cannot read its file has failed"
 )]
 
+pub(crate) mod weather;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
