@@ -86,6 +86,16 @@ impl AttentionStage {
         }
     }
 
+    /// The elements of linear attention's state: a matrix for each head of each sample, which are those of the batch
+    /// times the positions of the axes that are not attended.
+    pub fn state_elements(&self, batch: usize, lengths: [usize; 3]) -> usize {
+        let beside = SeqAxis::ALL
+            .into_iter()
+            .filter(|&axis| !self.axes.contains(axis));
+        let samples: usize = beside.map(|axis| lengths[axis.index()]).product();
+        batch * samples * self.heads.query * self.heads.dim * self.heads.dim
+    }
+
     fn check(&self, stage: &str) -> Result<(), PlanError> {
         let Form::Linear { decay } = &self.form else {
             return Ok(());

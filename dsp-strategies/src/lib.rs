@@ -41,6 +41,8 @@ strategies! {
     #[cfg(feature = "ulysses")] ulysses::Ulysses,
     #[cfg(feature = "megatron")] megatron::Megatron,
     #[cfg(feature = "lss")] lss::Lss,
+    #[cfg(feature = "lasp")] lasp::Lasp,
+    #[cfg(feature = "lasp2")] lasp2::Lasp2,
 }
 
 mod mixture;

@@ -15,7 +15,7 @@ use common::{
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::OutputLayout;
 use dsp_core::{Partition, SeqAxis, SequenceParallel};
-use dsp_strategies::{Dsp, Lss, Megatron, Ulysses};
+use dsp_strategies::{Dsp, Lasp, Lasp2, Lss, Megatron, Ulysses};
 use proptest::prelude::*;
 
 fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
@@ -183,6 +183,35 @@ proptest! {
             let each = case.batch * HIDDEN * ((ranks - 1) * own + (length - own));
             for phase in [Phase::Forward, Phase::Backward] {
                 prop_assert_eq!(seen.step.phase(phase).elements, 3 * each as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_attentions_state_is_all_that_lasp_and_lasp2_send_whatever_the_length() {
+    for (length, ranks) in [(1, 3), (7, 4), (64, 4), (5, 1)] {
+        let case = Case {
+            subs: vec![Sub::Linear(vec![0])],
+            ..one_attention(length, (4, 2))
+        };
+        let state = case.batch * 4 * HEAD * HEAD;
+        for (rank, seen) in observe(Lasp, &case, ranks).iter().enumerate() {
+            let (forward, backward) = (
+                seen.step.phase(Phase::Forward),
+                seen.step.phase(Phase::Backward),
+            );
+            let last = rank + 1 == ranks;
+            assert_eq!(forward.elements, if last { 0 } else { state as u64 });
+            assert_eq!(backward.elements, if rank == 0 { 0 } else { state as u64 });
+        }
+        for seen in observe(Lasp2, &case, ranks) {
+            for phase in [Phase::Forward, Phase::Backward] {
+                assert_eq!(
+                    seen.step.phase(phase).elements,
+                    ((ranks - 1) * state) as u64
+                );
+                assert_eq!(seen.step.phase(phase).calls, u64::from(ranks > 1));
             }
         }
     }
@@ -358,7 +387,7 @@ fn check_cheapest(case: &Case, ranks: usize) -> Result<(), TestCaseError> {
     let least = choices
         .filter(|choice| {
             choice.iter().zip(&case.subs).all(|(axis, sub)| match sub {
-                Sub::Attention(attended, _) => !attended.contains(axis),
+                Sub::Attention(attended, _) | Sub::Linear(attended) => !attended.contains(axis),
                 Sub::Text | Sub::Mlp => true,
             })
         })

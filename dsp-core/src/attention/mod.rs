@@ -24,6 +24,7 @@
 //! Sources: FlashAttention-2 (arXiv:2307.08691) for the blocks and the backward, Ring Attention
 //! (arXiv:2310.01889) for the merge, grouped-query attention (arXiv:2305.13245).
 
+pub mod chunks;
 mod kernel;
 pub mod linear;
 mod shard;
