@@ -39,6 +39,8 @@ strategies! {
     serial::Serial,
     #[cfg(feature = "dsp")] dsp::Dsp,
     #[cfg(feature = "ulysses")] ulysses::Ulysses,
+    #[cfg(feature = "ring")] ring::Ring,
+    #[cfg(feature = "usp")] usp::Usp,
     #[cfg(feature = "megatron")] megatron::Megatron,
     #[cfg(feature = "lss")] lss::Lss,
     #[cfg(feature = "lasp")] lasp::Lasp,

@@ -18,6 +18,7 @@ use dsp_core::{
     AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
     launch,
 };
+use dsp_strategies::Usp;
 use proptest::prelude::*;
 
 /// What is left are f64's roundings, of sums in another order: about 1e-14 a layer.
@@ -287,6 +288,27 @@ proptest! {
             // Each has a part that refuses nothing.
             let refuses = mixture.name() == "dsp+ulysses" && case.heads.0 < ranks;
             prop_assert!(outcome.is_ok() || refuses, "{}: {:?}", mixture.name(), outcome);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn every_mesh_of_usp_gives_the_serial_results(
+        case in (1usize..=3).prop_flat_map(cases),
+        (row, rows) in prop::sample::select(vec![
+            (1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1), (2, 3), (3, 2), (6, 1), (1, 6),
+        ]),
+    ) {
+        let ranks = row * rows;
+        let usp: Arc<dyn SequenceParallel> = Arc::new(Usp::with_rows_of(row.try_into().unwrap()));
+        let outcome = check(&usp, &case, ranks, DType::F64, F64)?;
+        match outcome {
+            Ok(()) => (),
+            Err(PlanError::Heads { heads, ranks, .. }) => prop_assert!(heads < ranks && ranks == row),
+            Err(refusal) => prop_assert!(false, "{refusal}"),
         }
     }
 }
