@@ -15,6 +15,7 @@ use burn_store::{
     ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore, bridge,
 };
 
+use crate::language::{CausalLm, LinearAttention};
 use crate::video_dit::{BlockPairs, VideoDit};
 
 /// A module whose parameters have other names where they are published.
@@ -24,6 +25,16 @@ pub trait OriginalNames: Module {
 }
 
 impl OriginalNames for BlockPairs {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The names are Hugging Face's already.
+impl OriginalNames for CausalLm {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The names are the original's already.
+impl OriginalNames for LinearAttention {
     const RENAMED: &'static [(&'static str, &'static str)] = &[];
 }
 
