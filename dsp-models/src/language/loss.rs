@@ -1,16 +1,14 @@
 //! Tokens that every rank knows, and the loss of the next one.
 
-use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
-use dsp_core::shape::reshape;
-use dsp_core::vjp::attach1;
+use burn::tensor::Tensor;
 use dsp_core::{ModelShape, Shard};
 
 use super::config::TOKENS;
 use crate::error::ModelError;
+use crate::layers::{Target, cross_entropy};
 
 /// Tokens `[batch, length]`, the same on every rank.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,53 +77,18 @@ impl Tokens {
 ///
 /// # Shapes
 /// - `logits`: `[B, L, 1, 1, vocabulary]`, as [`CausalLm::forward`](super::CausalLm::forward) returns them
-/// - returns: `[1]`
-///
-/// # Gradient
-/// Its own: softmax less one at the target, from the logits alone; exact where there are no positions.
+/// - returns: `[1]`, on a rank without positions too
 pub fn next_token_loss(logits: &Shard, tokens: &Tokens) -> Tensor<1> {
     let [batch, length] = tokens.dims();
-    let vocabulary = logits.tensor().dims()[4];
     let positions: Vec<usize> = logits.positions(TOKENS).into_iter().flatten().collect();
-    let rows = batch * positions.len();
     // A last token has no target: it counts nothing.
     let weight = 1.0 / (batch * length.saturating_sub(1)).max(1) as f64;
-    let mut targets = Vec::with_capacity(rows);
-    let mut weights = Vec::with_capacity(rows);
-    for row in tokens.rows.iter() {
-        for &position in &positions {
-            let next = row.get(position + 1);
-            targets.push(next.map_or(0, |&token| i64::from(token)));
-            weights.push(if next.is_some() { weight } else { 0.0 });
-        }
-    }
-    let x = logits.tensor().clone();
-    let inner = x.clone().inner();
-    let (device, dtype, dims) = (inner.device(), inner.dtype(), inner.dims());
-    if rows == 0 {
-        let zero = Tensor::zeros([1], (&device, dtype));
-        return attach1(x, zero, move |gradient: Tensor<1>| {
-            Ok::<_, Infallible>(Tensor::zeros(dims, (&gradient.device(), dtype)))
-        });
-    }
-    let flat: Tensor<2> = reshape(inner, [rows, vocabulary]);
-    let targets =
-        Tensor::<2, Int>::from_data(TensorData::new(targets, [rows, 1]), (&device, DType::I64));
-    let weights = Tensor::<2>::from_data(TensorData::new(weights, [rows, 1]), (&device, dtype));
-    let largest = flat.clone().max_dim(1);
-    let sums = (flat.clone() - largest.clone()).exp().sum_dim(1);
-    let logsumexp = largest + sums.log();
-    let of_target = flat.clone().gather(1, targets.clone());
-    let loss = ((logsumexp.clone() - of_target) * weights.clone()).sum();
-    attach1(x, loss, move |gradient: Tensor<1>| {
-        let probabilities = (flat.clone() - logsumexp.clone()).exp();
-        let less = probabilities.scatter(
-            1,
-            targets.clone(),
-            Tensor::full([rows, 1], -1.0, (&gradient.device(), dtype)),
-            burn::tensor::IndexingUpdateOp::Add,
-        );
-        let gradient = reshape(gradient, [1, 1]);
-        Ok::<_, Infallible>(reshape(less * weights.clone() * gradient, dims))
-    })
+    let targets: Vec<Target> = (tokens.rows.iter())
+        .flat_map(|row| positions.iter().map(|position| row.get(position + 1)))
+        .map(|next| Target {
+            class: next.copied().unwrap_or(0),
+            weight: next.map_or(0.0, |_| weight),
+        })
+        .collect();
+    cross_entropy(logits.tensor().clone(), &targets)
 }

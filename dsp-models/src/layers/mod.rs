@@ -7,13 +7,15 @@ use burn::tensor::Tensor;
 use dsp_core::layout::select_ranges;
 
 mod activation;
+mod cross_entropy;
 mod linear;
 mod mlp;
 mod norm;
 mod rotary;
 mod sincos;
 
-pub use activation::{sigmoid, silu};
+pub use activation::{gelu, sigmoid, silu};
+pub use cross_entropy::{Target, cross_entropy};
 pub(crate) use linear::{bias, buffer, parameter};
 pub use linear::{linear, linear_without_bias};
 pub use mlp::{Mlp, gelu_tanh};

@@ -332,12 +332,12 @@ impl ModelCase {
 
 /// The backward pass and what it sent.
 pub(crate) struct Ending {
-    gradients: Gradients,
-    account: Account,
+    pub(crate) gradients: Gradients,
+    pub(crate) account: Account,
 }
 
 impl Ending {
-    fn of(
+    pub(crate) fn of(
         session: &Session,
         out: &Shard,
         dout: &Tensor<5>,
@@ -371,7 +371,7 @@ impl Ending {
         Ok(Self { gradients, account })
     }
 
-    fn reduce<M: Module>(
+    pub(crate) fn reduce<M: Module>(
         &mut self,
         session: &Session,
         placed: &dsp_core::Placed<M>,
