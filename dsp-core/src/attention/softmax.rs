@@ -692,9 +692,12 @@ fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usi
     reason = "positions are lists of ranges"
 )]
 mod tests {
+    use std::num::NonZeroUsize;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::attention::{Documents, Within};
 
     /// Blocks that hold any problem of these tests at once.
     const ONE_BLOCK: Blocks = Blocks {
@@ -874,11 +877,31 @@ mod tests {
         prop::collection::vec(range, ranges)
     }
 
+    fn window() -> impl Strategy<Value = NonZeroUsize> {
+        (1..12usize).prop_map(|size| NonZeroUsize::new(size).unwrap())
+    }
+
+    fn documents() -> impl Strategy<Value = Documents> {
+        prop::collection::btree_set(0..30usize, 0..5)
+            .prop_map(|ends| Documents::new(ends.into_iter().collect::<Vec<_>>()).unwrap())
+    }
+
+    fn within() -> impl Strategy<Value = Within> {
+        prop_oneof![
+            Just(Within::Full),
+            Just(Within::Causal),
+            window().prop_map(Within::Window),
+        ]
+    }
+
     fn cases() -> impl Strategy<Value = Case> {
         (1..4usize, 0..6usize, 1..7usize, 1..5usize).prop_flat_map(|(batch, start, len, group)| {
             let mask = prop_oneof![
                 Just(Mask::Full),
                 Just(Mask::Causal),
+                window().prop_map(|size| Mask::Window { size }),
+                (documents(), within())
+                    .prop_map(|(documents, within)| Mask::Packed { documents, within }),
                 prop::collection::vec(0..30usize, batch)
                     .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
             ];
