@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use dsp_core::attention::{
-    Attended, Fold, HeadRange, Heads, Kernel, Logsumexp, Problem, linear, positions,
+    Attended, Fold, HeadRange, Heads, Kernel, Logsumexp, Problem, linear, positions, samples,
 };
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
 use dsp_core::cost;
@@ -223,6 +223,8 @@ impl Trade {
                 query_positions: all(&self.queries),
                 key_positions: all(&self.keys),
                 scale: attention.scale,
+                dropout: None,
+                samples: samples(&self.queries.gathered, attention.axes, self.batch, rank),
             }),
         }
     }

@@ -17,14 +17,20 @@
 //! how a ring of ranks attends to keys that it never holds at once; its backward is
 //! [`backward`] on each set of keys with the merged output and logsumexp.
 //!
+//! [`Dropout`] drops probabilities after the softmax: with `m_ij` drawn 0 or 1, `p_ij` becomes
+//! `m_ij p_ij / (1 − p)` in `out` and `dv`, and `dout_i · v_j` is multiplied with `m_ij / (1 − p)`;
+//! the logsumexp is that of all scores, and merging stays what it is.
+//!
 //! A query that sees no key has the output 0 and the logsumexp −∞, and all its gradients are 0.
 //!
-//! Nothing here knows of ranks: rows carry their *global* positions, heads their global numbers.
+//! Nothing here knows of ranks: rows carry their *global* positions, heads and samples their global
+//! numbers.
 //!
 //! Sources: FlashAttention-2 (arXiv:2307.08691) for the blocks and the backward, Ring Attention
 //! (arXiv:2310.01889) for the merge, grouped-query attention (arXiv:2305.13245).
 
 pub mod chunks;
+mod dropout;
 mod kernel;
 pub mod linear;
 mod packed;
@@ -35,11 +41,12 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use dropout::{Dropout, DropoutError, DropoutKey};
 pub use kernel::{Kept, Kernel};
 pub use packed::{Documents, DocumentsError, Within};
 pub use shard::{
     Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
-    cross_attention, positions,
+    cross_attention, positions, samples,
 };
 pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attention};
 

@@ -160,6 +160,8 @@ pub fn attend_held(
             query_positions: positions(query.layout(), held.axes, query.rank()),
             key_positions: positions(key.layout(), held.axes, key.rank()),
             scale: held.scale,
+            dropout: None,
+            samples: samples(query.layout(), held.axes, fold.batch(), query.rank()),
         }),
         Form::Linear { decay } => Kernel::Linear(linear::Problem {
             heads: held.heads.clone(),
@@ -225,6 +227,8 @@ pub fn cross_attention(
         query_positions: nonempty(0..rows),
         key_positions: nonempty(0..length),
         scale: (dim as f64).powf(-0.5),
+        dropout: None,
+        samples: nonempty(0..batch),
     };
     let key = reshape(key, [batch, length, keys, dim]);
     let value = reshape(value, [batch, length, keys, dim]);
@@ -294,6 +298,11 @@ impl Fold {
         reshape(x, shape).permute(back)
     }
 
+    /// The samples before folding.
+    pub fn batch(&self) -> usize {
+        self.dims[0]
+    }
+
     /// The mask with one length for each folded sample.
     pub fn mask(&self, mask: &Mask) -> Mask {
         match mask {
@@ -342,6 +351,28 @@ pub fn positions(layout: &Layout, axes: AxisSet, rank: usize) -> Vec<Range<usize
     found
 }
 
+/// The global numbers of a rank's samples in an attention over `axes`, in the order of [`Fold`]: the batch times the
+/// positions along the other axes, numbered as [`positions`] are.
+pub fn samples(layout: &Layout, axes: AxisSet, batch: usize, rank: usize) -> Vec<Range<usize>> {
+    let others: Vec<SeqAxis> = SeqAxis::ALL
+        .into_iter()
+        .filter(|&axis| !axes.contains(axis))
+        .collect();
+    let all: usize = others.iter().map(|&axis| layout.length(axis)).product();
+    let beside = positions(layout, AxisSet::of(&others), rank);
+    let mut found: Vec<Range<usize>> = Vec::new();
+    for first in (0..batch).map(|sample| sample * all) {
+        for range in &beside {
+            let (start, end) = (first + range.start, first + range.end);
+            match found.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => found.push(start..end),
+            }
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -368,5 +399,18 @@ mod tests {
             .unwrap();
         let axes = AxisSet::of(&[SeqAxis::FIRST]);
         assert_eq!(positions(&layout, axes, 0), [0..3, 8..10]);
+    }
+
+    #[test]
+    fn samples_are_numbered_over_the_batch_and_the_axes_beside_the_attended_one() {
+        let layout = Layout::split([2, 4, 1], SeqAxis::SECOND, 2);
+        let first = AxisSet::of(&[SeqAxis::FIRST]);
+        assert_eq!(samples(&layout, first, 2, 0), [0..2, 4..6]);
+        assert_eq!(samples(&layout, first, 2, 1), [2..4, 6..8]);
+        // What is split is attended: every rank has a part of every sample.
+        let second = AxisSet::of(&[SeqAxis::SECOND]);
+        let all: Vec<_> = std::iter::once(0..6).collect();
+        assert_eq!(samples(&layout, second, 3, 1), all);
+        assert!(samples(&layout, first, 0, 1).is_empty());
     }
 }
