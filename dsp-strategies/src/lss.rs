@@ -114,7 +114,7 @@ impl SequenceParallel for Lss {
             key_positions: positions(&whole, attention.axes, rank),
             scale: attention.scale,
             heads: scope.heads.clone(),
-            dropout: None,
+            dropout: scope.dropout,
             samples: samples(&query, attention.axes, queries.batch(), rank),
         };
         let tracked = match inputs.iter().map(tracking).any(|x| x == Tracking::Tracked) {

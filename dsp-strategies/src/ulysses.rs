@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use dsp_core::attention::{
-    Attended, Fold, HeadRange, Heads, Kernel, Logsumexp, Problem, linear, positions, samples,
+    Attended, Dropout, Fold, HeadRange, Heads, Kernel, Logsumexp, Problem, linear, positions, samples,
 };
 use dsp_core::blocks::{Blocks, DIMS, DimBlocks};
 use dsp_core::cost;
@@ -101,7 +101,7 @@ impl SequenceParallel for Ulysses {
         let k = forth(&inputs[1], &trade.keys)?;
         let v = forth(&inputs[2], &trade.keys)?;
         let held = [q, k, v];
-        let kernel = trade.kernel();
+        let kernel = trade.kernel(scope.dropout);
         let kept = kernel.forward(&held);
         let back = |x, tracking| trade.to_sequence(x, &trade.queries, Phase::Forward, tracking);
         let output = back(kept.output().clone(), tracking)?;
@@ -204,7 +204,7 @@ impl Trade {
     }
 
     /// This rank's attention: its query heads, over all positions.
-    fn kernel(&self) -> Kernel {
+    fn kernel(&self, dropout: Option<Dropout>) -> Kernel {
         let (rank, attention) = (self.group.rank(), &self.attention);
         let heads = HeadRange {
             query: self.queries.shares[rank].first().cloned().unwrap_or(0..0),
@@ -223,7 +223,7 @@ impl Trade {
                 query_positions: all(&self.queries),
                 key_positions: all(&self.keys),
                 scale: attention.scale,
-                dropout: None,
+                dropout,
                 samples: samples(&self.queries.gathered, attention.axes, self.batch, rank),
             }),
         }

@@ -45,8 +45,8 @@ pub use dropout::{Dropout, DropoutError, DropoutKey};
 pub use kernel::{Kept, Kernel};
 pub use packed::{Documents, DocumentsError, Within};
 pub use shard::{
-    Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
-    cross_attention, positions, samples,
+    Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_dropout,
+    check_heads, cross_attention, positions, samples,
 };
 pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attention};
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{HeadRange, Kernel, Mask, Problem, linear, softmax_attention};
+use super::{Dropout, HeadRange, Kernel, Mask, Problem, linear, softmax_attention};
 use crate::blocks::DIMS;
 use crate::error::Error;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
@@ -40,11 +40,12 @@ impl Heads {
 }
 
 /// Whether an attention's logsumexp is wanted beside its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Logsumexp {
     /// It is, laid out as the queries; a strategy may have to send it for that.
     Wanted,
     /// It is not.
+    #[default]
     Unwanted,
 }
 
@@ -70,6 +71,8 @@ pub struct HeldAttention<'a> {
     pub form: &'a Form,
     /// What the scores are multiplied with.
     pub scale: f64,
+    /// Which probabilities are dropped, if any.
+    pub dropout: Option<Dropout>,
 }
 
 /// Refuses queries, keys or values whose channels are not those of the heads that a rank holds.
@@ -88,6 +91,19 @@ pub fn check_heads(channels: [usize; 3], heads: &HeadRange, dim: usize) -> Resul
             "their channels must be {queries}, {keys} and {keys} heads of {dim}: those that this rank holds"
         ),
     })
+}
+
+/// Refuses dropout of a linear attention: it has no probabilities that could be dropped.
+///
+/// # Errors
+/// [`Error::LinearDropout`].
+pub fn check_dropout(form: &Form, dropout: Option<Dropout>) -> Result<(), Error> {
+    match (form, dropout) {
+        (Form::Softmax, _) | (_, None) => Ok(()),
+        (_, Some(dropout)) => Err(Error::LinearDropout {
+            probability: dropout.probability(),
+        }),
+    }
 }
 
 /// A self-attention within what this rank holds: exact if the keys' attended axes are whole.
@@ -110,6 +126,7 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
             mask: &attention.mask,
             form: &attention.form,
             scale: attention.scale,
+            dropout: scope.dropout,
         },
     )?;
     let logsumexp = match (scope.logsumexp, lse) {
@@ -131,12 +148,13 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
 ///
 /// # Errors
 /// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis, [`Error::Shape`] if queries and
-/// keys differ along an axis that is not attended.
+/// keys differ along an axis that is not attended, [`Error::LinearDropout`] for dropout of a linear attention.
 pub fn attend_held(
     qkv: [Shard; 3],
     held: HeldAttention<'_>,
 ) -> Result<(Tensor<DIMS>, Option<Tensor<DIMS>>), Error> {
     let [query, key, value] = qkv;
+    check_dropout(held.form, held.dropout)?;
     for axis in SeqAxis::ALL {
         if held.axes.contains(axis) {
             if key.layout().is_split(axis) {
@@ -160,7 +178,7 @@ pub fn attend_held(
             query_positions: positions(query.layout(), held.axes, query.rank()),
             key_positions: positions(key.layout(), held.axes, key.rank()),
             scale: held.scale,
-            dropout: None,
+            dropout: held.dropout,
             samples: samples(query.layout(), held.axes, fold.batch(), query.rank()),
         }),
         Form::Linear { decay } => Kernel::Linear(linear::Problem {
