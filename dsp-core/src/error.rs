@@ -224,4 +224,13 @@ pub enum Error {
         /// The axis.
         axis: SeqAxis,
     },
+    /// Dropout of an attention without probabilities.
+    #[error(
+        "dropout with probability {probability} of a linear attention: it has a state and no probabilities that \
+         could be dropped; attend without it, or drop elements of its output"
+    )]
+    LinearDropout {
+        /// The probability that was asked for.
+        probability: f64,
+    },
 }

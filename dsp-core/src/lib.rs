@@ -17,6 +17,7 @@
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
+//! | [`random`] | random bits that every rank draws alike |
 //! | [`ledger`], [`cost`] | what was sent; the same by formula |
 //! | [`error`] | what can go wrong |
 //!
@@ -35,6 +36,7 @@ pub mod ledger;
 pub mod linear;
 pub mod partition;
 pub mod place;
+pub mod random;
 pub mod reference;
 pub mod session;
 pub mod shape;

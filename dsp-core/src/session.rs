@@ -10,7 +10,7 @@ use burn::nn::Linear;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
 
-use crate::attention::{self, Attended, HeadRange, Heads, Logsumexp};
+use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
 use crate::collective::relayout;
 use crate::cost::{self, Elements};
@@ -350,6 +350,16 @@ impl<'a> Stages<'a> {
     }
 }
 
+/// What [`StageRun::attend_with`] is asked beside the output. By default nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Attend {
+    /// Whether the logsumexp is wanted too.
+    pub logsumexp: Logsumexp,
+    /// Which of the attention's probabilities are dropped, if any. Every rank must give the same: what is
+    /// drawn for a pair of a query and a key is then the same under every strategy.
+    pub dropout: Option<Dropout>,
+}
+
 /// One stage of a forward pass under way: the verbs, checked and traced.
 #[derive(Debug, Clone, Copy)]
 pub struct StageRun<'a> {
@@ -406,7 +416,7 @@ impl<'a> StageRun<'a> {
     /// [`Error`] if the ranks fail or the shapes do not fit.
     pub fn attend(&self, query: Shard, key: Shard, value: Shard) -> Result<Shard, Error> {
         Ok(self
-            .attend_with([query, key, value], Logsumexp::Unwanted)?
+            .attend_with([query, key, value], Attend::default())?
             .output)
     }
 
@@ -414,14 +424,16 @@ impl<'a> StageRun<'a> {
     ///
     /// # Errors
     /// [`Error`] if the ranks fail or the shapes do not fit; [`StageError::Kind`] if the stage is no
-    /// self-attention.
-    pub fn attend_with(&self, qkv: [Shard; 3], logsumexp: Logsumexp) -> Result<Attended, Error> {
+    /// self-attention; [`Error::LinearDropout`] for dropout of a linear attention.
+    pub fn attend_with(&self, qkv: [Shard; 3], options: Attend) -> Result<Attended, Error> {
+        let Attend { logsumexp, dropout } = options;
         let scope = self.scope();
         let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
         let attention = self.self_attention()?;
         let heads = self.held_heads(attention.heads);
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
+        attention::check_dropout(&attention.form, dropout)?;
         self.session.strategy.attend(
             qkv,
             &AttentionScope {
@@ -429,6 +441,7 @@ impl<'a> StageRun<'a> {
                 attention,
                 heads: &heads,
                 logsumexp,
+                dropout,
             },
         )
     }
@@ -450,6 +463,7 @@ impl<'a> StageRun<'a> {
                 attention,
                 heads: &heads,
                 logsumexp: Logsumexp::Unwanted,
+                dropout: None,
             },
         )?;
         Ok(Self::expect("join", &scope.plan.residual, x)?)

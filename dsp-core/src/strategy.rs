@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use crate::attention::{self, Attended, HeadRange, Heads, Logsumexp, Mask};
+use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp, Mask};
 use crate::collective::relayout;
 use crate::cost::Elements;
 use crate::error::Error;
@@ -740,4 +740,6 @@ pub struct AttentionScope<'a> {
     pub heads: &'a HeadRange,
     /// Whether the logsumexp is wanted too.
     pub logsumexp: Logsumexp,
+    /// Which of the attention's probabilities are dropped, if any.
+    pub dropout: Option<Dropout>,
 }

@@ -91,6 +91,8 @@ fn outputs_logsumexps_and_gradients_are_pytorchs() {
             query_positions: vec![0..number("Lq")],
             key_positions: vec![0..number("Lk")],
             scale: 1.0 / (number("d") as f64).sqrt(),
+            dropout: None,
+            samples: vec![0..number("B")],
         };
         for (dtype, tolerance) in TOLERANCES {
             let load = |name: &str| fixture.rows_first::<4>(&format!("{case}.{name}"), dtype);
@@ -132,6 +134,8 @@ fn merging_block_after_block_gives_yunchangs_states_and_the_whole_attention() {
             query_positions: vec![0..queries],
             key_positions: vec![keys],
             scale: 1.0 / (d as f64).sqrt(),
+            dropout: None,
+            samples: vec![0..2],
         };
         let mut state: Option<(Tensor<4>, Tensor<3>)> = None;
         for (block, cut) in cuts.windows(2).enumerate() {

@@ -55,6 +55,8 @@ fn peak_bytes(length: usize, mask: Mask) -> usize {
         query_positions: vec![0..length],
         key_positions: vec![0..length],
         scale: 0.25,
+        dropout: None,
+        samples: vec![0..1],
     };
     let before = HELD.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);

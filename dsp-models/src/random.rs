@@ -5,25 +5,7 @@
 //! SC 2011): ten rounds of multiplications turn a counter and a key into 128 random bits.
 
 use burn::tensor::{Device, Tensor, TensorData};
-
-/// The 128 random bits that belong to a counter, under a key.
-pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
-    let [mut a, mut b, mut c, mut d] = counter;
-    let [mut k, mut l] = key;
-    for _ in 0..10 {
-        let left = u64::from(a) * 0xD251_1F53;
-        let right = u64::from(c) * 0xCD9E_8D57;
-        (a, b, c, d) = (
-            (right >> 32) as u32 ^ b ^ k,
-            right as u32,
-            (left >> 32) as u32 ^ d ^ l,
-            left as u32,
-        );
-        k = k.wrapping_add(0x9E37_79B9);
-        l = l.wrapping_add(0xBB67_AE85);
-    }
-    [a, b, c, d]
-}
+pub use dsp_core::random::philox;
 
 /// What random numbers are for: those of different purposes have nothing to do with each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,26 +110,6 @@ impl Draws {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// The known answers that the authors distribute with their Random123 library.
-    #[test]
-    fn philox_gives_its_authors_numbers() {
-        assert_eq!(
-            philox([0; 4], [0; 2]),
-            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
-        );
-        assert_eq!(
-            philox([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
-        );
-        assert_eq!(
-            philox(
-                [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
-                [0xa409_3822, 0x299f_31d0]
-            ),
-            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
-        );
-    }
 
     #[test]
     fn normal_numbers_have_mean_0_and_variance_1_and_sequences_differ() {

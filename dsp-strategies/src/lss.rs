@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use dsp_core::attention::{
-    Attended, Fold, Logsumexp, Problem, attend_local, backward, forward, positions,
+    Attended, Fold, Logsumexp, Problem, attend_local, backward, forward, positions, samples,
 };
 use dsp_core::blocks::{Blocks, DIMS};
 use dsp_core::collective::tracking;
@@ -114,6 +114,8 @@ impl SequenceParallel for Lss {
             key_positions: positions(&whole, attention.axes, rank),
             scale: attention.scale,
             heads: scope.heads.clone(),
+            dropout: scope.dropout,
+            samples: samples(&query, attention.axes, queries.batch(), rank),
         };
         let tracked = match inputs.iter().map(tracking).any(|x| x == Tracking::Tracked) {
             true => Tracking::Tracked,

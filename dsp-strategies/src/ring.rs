@@ -25,7 +25,7 @@
 //! the Llama 3 and zigzag rings (arXiv:2407.21783, §3.3.2).
 
 use dsp_core::attention::ring::{self, Ring as Rounds, balanced_layouts};
-use dsp_core::attention::{Attended, Fold, Logsumexp, attend_local, positions};
+use dsp_core::attention::{Attended, Fold, Logsumexp, attend_local, positions, samples};
 use dsp_core::error::Tracking;
 use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
 use dsp_core::{
@@ -104,6 +104,8 @@ impl SequenceParallel for Ring {
             heads: scope.heads.clone(),
             mask: fold.mask(&attention.mask),
             scale: attention.scale,
+            dropout: scope.dropout,
+            samples: samples(&query, attention.axes, fold.batch(), rank),
             queries: of_each(&query),
             keys: of_each(&key),
             tracking: if tracked {

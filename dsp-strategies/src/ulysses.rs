@@ -27,9 +27,9 @@ use dsp_core::blocks::DIMS;
 use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::ledger::Phase;
-use dsp_core::strategy::{AttentionScope, AttentionStage, Form, StageKind, StagePlan};
+use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
 use dsp_core::{
-    CommError, Error, Group, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage, vjp,
+    CommError, Error, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage, vjp,
 };
 
 /// DeepSpeed-Ulysses.
@@ -88,7 +88,7 @@ impl SequenceParallel for Ulysses {
         };
         let sides = [&qkv[0], &qkv[1]];
         let trade = Trade::new(attention, sides, (group, &everyone), tracking);
-        let kernel = kernel(attention, &trade, group);
+        let kernel = kernel(scope, &trade);
         let inputs = qkv.map(Shard::into_tensor);
         let forth = |index: usize, side| {
             let x: Tensor<DIMS> = inputs[index].clone().inner();
@@ -132,7 +132,8 @@ impl SequenceParallel for Ulysses {
 }
 
 /// This rank's attention: its query heads, over all positions.
-fn kernel(attention: &AttentionStage, trade: &Trade, group: &Group) -> Kernel {
+fn kernel(scope: &AttentionScope<'_>, trade: &Trade) -> Kernel {
+    let (attention, group) = (scope.attention, scope.scope.group);
     let heads = share(attention.heads, group.rank(), group.size());
     match &attention.form {
         Form::Linear { decay } => Kernel::Linear(linear::Problem {
@@ -146,6 +147,8 @@ fn kernel(attention: &AttentionStage, trade: &Trade, group: &Group) -> Kernel {
             query_positions: trade.positions(Side::Queries),
             key_positions: trade.positions(Side::Keys),
             scale: attention.scale,
+            dropout: scope.dropout,
+            samples: trade.samples().to_vec(),
         }),
     }
 }

@@ -219,6 +219,8 @@ impl SequenceParallel for Usp {
             heads: share(attention.heads, row.rank(), row.size()),
             mask: trade.mask(&attention.mask),
             scale: attention.scale,
+            dropout: scope.dropout,
+            samples: trade.samples().to_vec(),
             queries: mesh.positions(&query, attention),
             keys: mesh.positions(&key, attention),
             tracking,

@@ -5,14 +5,16 @@
 
 mod common;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{
-    Case, Checkpointing, Sub, attend, cases, check, check_replicas, linear_cases, noise, run,
+    Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, linear_cases, noise, run,
     values, whole,
 };
-use dsp_core::attention::Logsumexp;
+use dsp_core::attention::{Documents, Dropout, DropoutKey, Logsumexp, Within};
+use dsp_core::session::Attend;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Plan, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
@@ -142,6 +144,8 @@ proptest! {
     ) {
         // A replica has a sample at least.
         prop_assume!(case.batch == 2);
+        // And numbers its samples itself: what it drops is not what one model of all samples would.
+        let case = Case { dropout: None, ..case };
         for strategy in dsp_strategies::all() {
             let outcome = check_replicas(&strategy, &case, (ranks, 2), F64)?;
             prop_assert_eq!(outcome.is_err(), strategy.plan(&case.shape(), ranks).is_err());
@@ -333,6 +337,7 @@ fn model(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
         heads,
         subs,
         output: OutputLayout::AsInput,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     }
 }
@@ -386,6 +391,67 @@ fn causal_attention_sees_global_positions() {
 }
 
 #[test]
+fn windows_and_documents_are_of_global_positions() {
+    let window = |axis| {
+        let size = NonZeroUsize::new(3).unwrap();
+        Sub::Attention(vec![axis], Mask::Window { size })
+    };
+    let packed = |axis, within| {
+        let documents = Documents::new([2, 5]).unwrap();
+        Sub::Attention(vec![axis], Mask::Packed { documents, within })
+    };
+    let subs = vec![
+        window(0),
+        packed(1, Within::Causal),
+        window(1),
+        packed(0, Within::Full),
+    ];
+    assert_runs_everywhere(&model(&[6, 7], (5, 5), subs));
+}
+
+#[test]
+fn every_strategy_drops_what_serial_drops() {
+    let mut case = model(&[5, 6], (6, 2), vec![attend(&[0]), attend(&[1]), Sub::Mlp]);
+    case.dropout = Some(0.3);
+    assert_runs_everywhere(&case);
+    let output = |case: &Case| {
+        let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
+        run(&serial, case, 1, DType::F64)
+            .unwrap()
+            .swap_remove(0)
+            .output
+    };
+    let dropped = output(&case);
+    case.dropout = None;
+    assert_ne!(dropped, output(&case));
+}
+
+#[test]
+fn dropout_of_a_linear_attention_is_refused_by_every_strategy() {
+    let case = model(&[6], (4, 4), vec![Sub::Linear(vec![0])]);
+    let dropout = Some(Dropout::new(0.5, DropoutKey::default()).unwrap());
+    for name in ["dsp", "ulysses", "megatron", "lasp", "lasp2"] {
+        let strategy = dsp_strategies::by_name(name).unwrap();
+        let shape = case.shape();
+        let refused = launch(1, move |group| -> Result<_, Error> {
+            let session = Session::new(strategy.clone(), group, shape.clone())?;
+            let stage = session.stages().attention()?;
+            let x = || {
+                let x = Tensor::<5>::zeros([2, 6, 1, 1, 4 * HEAD], &Device::flex());
+                session.split(x)
+            };
+            let options = Attend {
+                dropout,
+                ..Attend::default()
+            };
+            Ok(stage.attend_with([x()?, x()?, x()?], options).err())
+        });
+        let expected = Error::LinearDropout { probability: 0.5 };
+        assert_eq!(refused.unwrap().swap_remove(0), Some(expected), "{name}");
+    }
+}
+
+#[test]
 fn joint_attention_over_two_of_three_axes_gives_the_serial_gradients() {
     let joint = |a, b, mask| Sub::Attention(vec![a, b], mask);
     let subs = vec![
@@ -422,9 +488,13 @@ fn the_logsumexp_of_a_split_attention_is_the_serial_one_where_its_queries_are() 
         let seen = launch(ranks, move |group| -> Result<_, Error> {
             let session = Session::new(strategy.clone(), group, model.clone())?;
             let stage = session.stages().attention()?;
+            let wanted = Attend {
+                logsumexp: Logsumexp::Wanted,
+                ..Attend::default()
+            };
             let [q, k, v] =
                 [(10, 1), (2, 2), (2, 3)].map(|(c, seed)| session.split(whole(c, seed)));
-            let attended = stage.attend_with([q?, k?, v?], Logsumexp::Wanted)?;
+            let attended = stage.attend_with([q?, k?, v?], wanted)?;
             Ok(values(&session.gather(attended.logsumexp.unwrap())?))
         });
         seen.unwrap().swap_remove(0)

@@ -18,6 +18,7 @@ fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
         heads,
         subs,
         output: OutputLayout::AsInput,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     }
 }

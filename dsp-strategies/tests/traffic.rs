@@ -33,6 +33,7 @@ fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
         heads: (4, 4),
         subs: (0..count).flat_map(|_| subs.clone()).collect(),
         output,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     }
 }
@@ -125,6 +126,7 @@ proptest! {
             heads: (query, key_value),
             subs: vec![attend(&[0])],
             output: OutputLayout::AsInput,
+            dropout: None,
             checkpointing: Checkpointing::Off,
         };
         let sequence = Partition::balanced(length, ranks);
@@ -310,6 +312,7 @@ fn one_attention(length: usize, heads: (usize, usize)) -> Case {
         heads,
         subs: vec![attend(&[0])],
         output: OutputLayout::AsInput,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     }
 }
@@ -326,6 +329,7 @@ fn on_three_axes_attended_in_a_cycle_dsp_switches_on_every_second_layer() {
                 .flat_map(|_| [attend(&[0]), attend(&[1]), attend(&[2])])
                 .collect(),
             output: OutputLayout::AsInput,
+            dropout: None,
             checkpointing: Checkpointing::Off,
         };
         let each = case.elements() / 4;
@@ -347,6 +351,7 @@ fn dsp_splits_the_longer_axis_where_the_choice_is_free() {
         heads: (1, 1),
         subs: vec![attend(&[0]), attend(&[0])],
         output: OutputLayout::Free,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     };
     let plan = Dsp.plan(&case.shape(), 4).unwrap();
@@ -476,6 +481,7 @@ fn dsp_counts_the_way_back_to_the_inputs_layout_when_it_chooses_the_first_split(
         heads: (1, 1),
         subs: vec![attend(&[0]), attend(&[1, 2]), attend(&[0, 2])],
         output: OutputLayout::AsInput,
+        dropout: None,
         checkpointing: Checkpointing::Off,
     };
     check_cheapest(&case, 3).unwrap();

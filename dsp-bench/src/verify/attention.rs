@@ -9,6 +9,7 @@ use burn::tensor::{DType, Device, Tensor};
 use dsp_core::attention::Logsumexp;
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::Phase;
+use dsp_core::session::Attend;
 use dsp_core::strategy::{AttentionStage, OutputLayout, StageKind};
 use dsp_core::{
     AxisSet, Group, Heads, Layout, Loss, Mask, ModelShape, SeqAxis, SequenceParallel, Session,
@@ -117,7 +118,13 @@ impl Case for AttentionCase {
         let mut stages = session.stages();
         let stage = stages.attention().map_err(dsp_core::Error::from)?;
         let query = stage.enter(stage.arrange(query)?)?;
-        let attended = stage.attend_with([query, key, value], Logsumexp::Wanted)?;
+        let attended = stage.attend_with(
+            [query, key, value],
+            Attend {
+                logsumexp: Logsumexp::Wanted,
+                ..Attend::default()
+            },
+        )?;
         let output = stages.finish(stage.leave(attended.output, None)?)?;
 
         let cotangent = session.split(dout)?.into_tensor();

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::shard::{Fold, Heads, positions_in};
+use super::shard::{Fold, Heads, positions_in, samples};
 use super::{HeadRange, Mask};
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::error::{CommError, Tracking};
@@ -71,6 +71,8 @@ pub struct Trade {
     keys: Held,
     axes: AxisSet,
     dim: usize,
+    /// The global numbers of the folded samples.
+    samples: Vec<Range<usize>>,
     group: Group,
     tracking: Tracking,
     /// The number of the group's first exchange in the forward pass.
@@ -100,6 +102,7 @@ impl Trade {
             keys: held(key, heads.key_value, shares(HeadRange::kv).collect()),
             axes,
             dim: heads.dim,
+            samples: samples(query.layout(), axes, query.tensor().dims()[0], query.rank()),
             group: group.clone(),
             tracking,
             asked: group.next_sequence(),
@@ -117,6 +120,11 @@ impl Trade {
     pub fn positions(&self, side: Side) -> Vec<Range<usize>> {
         let held = self.side(side);
         positions_in(held.lengths, self.axes, |axis| held.after(axis))
+    }
+
+    /// The global numbers of the folded samples.
+    pub fn samples(&self) -> &[Range<usize>] {
+        &self.samples
     }
 
     /// The mask for each folded sample.

@@ -17,28 +17,38 @@
 //! how a ring of ranks attends to keys that it never holds at once; its backward is
 //! [`backward`] on each set of keys with the merged output and logsumexp.
 //!
+//! [`Dropout`] drops probabilities after the softmax: with `m_ij` drawn 0 or 1, `p_ij` becomes
+//! `m_ij p_ij / (1 − p)` in `out` and `dv`, and `dout_i · v_j` is multiplied with `m_ij / (1 − p)`;
+//! the logsumexp is that of all scores, and merging stays what it is.
+//!
 //! A query that sees no key has the output 0 and the logsumexp −∞, and all its gradients are 0.
 //!
-//! Nothing here knows of ranks: rows carry their *global* positions, heads their global numbers.
+//! Nothing here knows of ranks: rows carry their *global* positions, heads and samples their global
+//! numbers.
 //!
 //! Sources: FlashAttention-2 (arXiv:2307.08691) for the blocks and the backward, Ring Attention
 //! (arXiv:2310.01889) for the merge, grouped-query attention (arXiv:2305.13245).
 
 pub mod chunks;
+mod dropout;
 pub mod heads;
 mod kernel;
 pub mod linear;
+mod packed;
 pub mod ring;
 mod shard;
 mod softmax;
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub use dropout::{Dropout, DropoutError, DropoutKey};
 pub use kernel::{Kept, Kernel};
+pub use packed::{Documents, DocumentsError, Within};
 pub use shard::{
-    Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
-    cross_attention, positions, positions_in,
+    Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_dropout,
+    check_heads, cross_attention, positions, positions_in, samples,
 };
 pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attention};
 
@@ -47,7 +57,9 @@ pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attentio
 /// A mask is a rule on global positions, never a tensor: whoever holds some rows and some keys
 /// evaluates it for those, whatever the partition.
 ///
-/// A new kind (a sliding window, packed documents, an additive bias) is one variant here with an
+/// Positions are those of the attended axes jointly, the last axis varying fastest.
+///
+/// A new kind (an additive bias, a block pattern) is one variant here with an
 /// arm in [`sees`](Self::sees) and one in [`classify`](Self::classify), and, if it depends on a
 /// query or a sample, in the private `depends_on_sample` and `depends_on_query`. The attention
 /// itself asks for nothing else; a bias, which has a gradient, would also add a term to the scores.
@@ -58,6 +70,19 @@ pub enum Mask {
     Full,
     /// The keys at the query's own position and before it.
     Causal,
+    /// A causal sliding window: the keys at the query's own position and the `size − 1` before it.
+    Window {
+        /// How many keys a query sees at most, its own included.
+        size: NonZeroUsize,
+    },
+    /// Several documents end to end in one sequence, the same in all samples: a query sees keys of its own
+    /// document only.
+    Packed {
+        /// Where each document ends.
+        documents: Documents,
+        /// Which keys of its document a query sees.
+        within: Within,
+    },
     /// For each sample of the batch, a length: the keys at positions before it. Zero hides all.
     KeyLengths(Arc<[usize]>),
 }
@@ -81,7 +106,11 @@ impl Mask {
     pub fn sees(&self, sample: usize, query: usize, key: usize) -> bool {
         match self {
             Self::Full => true,
-            Self::Causal => key <= query,
+            Self::Causal => Within::Causal.sees(query, key),
+            Self::Window { size } => Within::Window(*size).sees(query, key),
+            Self::Packed { documents, within } => {
+                documents.of(query) == documents.of(key) && within.sees(query, key)
+            }
             Self::KeyLengths(lengths) => key < lengths[sample],
         }
     }
@@ -89,7 +118,9 @@ impl Mask {
     /// What is visible of the block of `queries` against `keys`, both lists of ranges of
     /// positions, for all of `samples`. A block without any pair shows [`Visibility::None`].
     ///
-    /// The answer is exact at the cost of the number of ranges and samples, not of pairs.
+    /// The answer is exact. It costs the number of ranges and samples; for windows and documents the
+    /// number of pairs of a range of queries and one of keys, each times the documents that they share and the
+    /// logarithm of all documents. No position is looked at one by one.
     ///
     /// # Panics
     /// If there is a length per sample, but not for all of `samples`.
@@ -99,20 +130,40 @@ impl Mask {
         queries: &[Range<usize>],
         keys: &[Range<usize>],
     ) -> Visibility {
-        let (Some(queries), Some(keys)) = (span(queries), span(keys)) else {
+        let (queries, keys) = (spans(queries), spans(keys));
+        let (Some(all_queries), Some(all_keys)) = (hull(&queries), hull(&keys)) else {
             return Visibility::None;
         };
         if samples.is_empty() {
             return Visibility::None;
         }
+        let pairs = || {
+            queries
+                .iter()
+                .flat_map(|&query| keys.iter().map(move |&key| (query, key)))
+        };
         let (all, any) = match self {
             Self::Full => (true, true),
-            Self::Causal => (keys.last <= queries.first, keys.first <= queries.last),
+            Self::Causal => (
+                Within::Causal.shows_all(all_queries, all_keys),
+                Within::Causal.shows_any(all_queries, all_keys),
+            ),
+            Self::Window { size } => {
+                let within = Within::Window(*size);
+                (
+                    within.shows_all(all_queries, all_keys),
+                    pairs().any(|(queries, keys)| within.shows_any(queries, keys)),
+                )
+            }
+            Self::Packed { documents, within } => (
+                documents.shows_all(*within, all_queries, all_keys),
+                pairs().any(|(queries, keys)| documents.shows_any(*within, queries, keys)),
+            ),
             Self::KeyLengths(lengths) => {
                 let lengths = &lengths[samples];
                 (
-                    lengths.iter().all(|&length| keys.last < length),
-                    lengths.iter().any(|&length| keys.first < length),
+                    lengths.iter().all(|&length| all_keys.last < length),
+                    lengths.iter().any(|&length| all_keys.first < length),
                 )
             }
         };
@@ -130,21 +181,35 @@ impl Mask {
 
     /// Whether two queries of one sample may see different keys.
     fn depends_on_query(&self) -> bool {
-        matches!(self, Self::Causal)
+        match self {
+            Self::Full | Self::KeyLengths(_) => false,
+            Self::Causal | Self::Window { .. } | Self::Packed { .. } => true,
+        }
     }
 }
 
-/// The first and the last of some positions.
+/// Positions without a gap: at least one.
+#[derive(Debug, Clone, Copy)]
 struct Span {
     first: usize,
     last: usize,
 }
 
-fn span(ranges: &[Range<usize>]) -> Option<Span> {
-    let held = || ranges.iter().filter(|range| !range.is_empty());
-    Some(Span {
-        first: held().map(|range| range.start).min()?,
-        last: held().map(|range| range.end - 1).max()?,
+/// The ranges that hold anything.
+fn spans(ranges: &[Range<usize>]) -> Vec<Span> {
+    let held = ranges.iter().filter(|range| !range.is_empty());
+    let span = |range: &Range<usize>| Span {
+        first: range.start,
+        last: range.end - 1,
+    };
+    held.map(span).collect()
+}
+
+/// From the first to the last of all positions.
+fn hull(spans: &[Span]) -> Option<Span> {
+    spans.iter().copied().reduce(|a, b| Span {
+        first: a.first.min(b.first),
+        last: a.last.max(b.last),
     })
 }
 
@@ -158,8 +223,34 @@ mod tests {
         prop_oneof![
             Just(Mask::Full),
             Just(Mask::Causal),
+            window().prop_map(|size| Mask::Window { size }),
+            (documents(), within())
+                .prop_map(|(documents, within)| Mask::Packed { documents, within }),
             prop::collection::vec(0..25usize, samples)
                 .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
+        ]
+    }
+
+    fn window() -> impl Strategy<Value = NonZeroUsize> {
+        prop_oneof![1..9usize, Just(usize::MAX)].prop_map(|size| NonZeroUsize::new(size).unwrap())
+    }
+
+    /// Some of them empty, and most often with positions past the last end.
+    fn documents() -> impl Strategy<Value = Documents> {
+        prop::collection::vec(0..6usize, 0..6).prop_map(|lengths| {
+            let ends = lengths.iter().scan(0, |end, length| {
+                *end += length;
+                Some(*end)
+            });
+            Documents::new(ends.collect::<Vec<_>>()).unwrap()
+        })
+    }
+
+    fn within() -> impl Strategy<Value = Within> {
+        prop_oneof![
+            Just(Within::Full),
+            Just(Within::Causal),
+            window().prop_map(Within::Window),
         ]
     }
 
@@ -169,6 +260,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
         #[test]
         fn a_blocks_class_is_what_its_pairs_say(
             mask in masks(3),
@@ -209,6 +302,43 @@ mod tests {
     fn a_query_sees_itself_but_not_the_next_position_under_a_causal_mask() {
         assert!(Mask::Causal.sees(0, 4, 4));
         assert!(!Mask::Causal.sees(0, 4, 5));
+    }
+
+    #[test]
+    fn a_window_of_two_is_a_query_and_its_predecessor() {
+        let size = NonZeroUsize::new(2).unwrap();
+        let mask = Mask::Window { size };
+        let seen = |query| (0..9).filter(move |&key| Mask::Window { size }.sees(0, query, key));
+        assert_eq!(seen(4).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(seen(0).collect::<Vec<_>>(), [0]);
+        // Between two ranges that a window spans is a gap that it does not.
+        assert_eq!(
+            mask.classify(0..1, &[0..1, 8..9], &[4..5]),
+            Visibility::None
+        );
+    }
+
+    #[test]
+    fn a_document_begins_where_the_one_before_ends_and_what_is_past_the_last_is_one_more() {
+        let documents = Documents::new([2, 2, 5]).unwrap();
+        let of: Vec<usize> = (0..7).map(|position| documents.of(position)).collect();
+        assert_eq!(of, [0, 0, 2, 2, 2, 3, 3]);
+        let within = Within::Causal;
+        let mask = Mask::Packed { documents, within };
+        assert!(mask.sees(0, 3, 2) && !mask.sees(0, 3, 1) && !mask.sees(0, 2, 3));
+    }
+
+    #[test]
+    fn ends_that_fall_are_refused_with_what_was_given() {
+        let refused = Documents::new([3, 5, 4]).unwrap_err();
+        assert_eq!(
+            refused,
+            DocumentsError::Falls {
+                document: 2,
+                end: 4,
+                before: 5
+            }
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Tensor};
 
-use super::{HeadRange, Mask, Problem, Visibility, backward, forward, merge};
+use super::{Dropout, HeadRange, Mask, Problem, Visibility, Within, backward, forward, merge};
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::cost::Elements;
 use crate::error::{CommError, Tracking};
@@ -23,7 +23,7 @@ use crate::group::{Group, InFlight, Request, Step};
 use crate::layout::{Layout, MeshAxis, SeqAxis};
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
-use crate::strategy::{ModelShape, PlanError, StageKind};
+use crate::strategy::{AttentionStage, ModelShape, PlanError, StageKind};
 
 /// An attention whose keys and values go round a group.
 #[derive(Debug, Clone)]
@@ -36,6 +36,10 @@ pub struct Ring {
     pub mask: Mask,
     /// What the scores are multiplied with.
     pub scale: f64,
+    /// Which probabilities are dropped, if any.
+    pub dropout: Option<Dropout>,
+    /// The global numbers of the folded samples.
+    pub samples: Vec<Range<usize>>,
     /// The positions of each rank's queries.
     pub queries: Vec<Vec<Range<usize>>>,
     /// The positions of each rank's keys.
@@ -95,7 +99,7 @@ pub fn balanced_layouts(model: &ModelShape, ranks: usize) -> Result<Vec<Layout>,
         let length = lengths[axis.index()];
         let attended = model.stages.iter().find_map(|stage| match &stage.kind {
             StageKind::Attention(attention) if attention.axes.contains(axis) => {
-                mirrored(&attention.mask, length, ranks)
+                mirrored(attention, length, ranks)
             }
             _ => None,
         });
@@ -110,9 +114,22 @@ pub fn balanced_layouts(model: &ModelShape, ranks: usize) -> Result<Vec<Layout>,
 }
 
 /// The partition that balances a mask's work, where plain blocks would not.
-fn mirrored(mask: &Mask, length: usize, ranks: usize) -> Option<Partition> {
-    match mask {
+fn mirrored(attention: &AttentionStage, length: usize, ranks: usize) -> Option<Partition> {
+    // Of several axes, positions along one are no positions of the mask.
+    let is_alone = attention.axes.iter().count() == 1;
+    match &attention.mask {
         Mask::Causal => Some(Partition::zigzag(length, ranks)),
+        Mask::Packed {
+            documents,
+            within: Within::Full | Within::Causal,
+        } if is_alone => {
+            let ends: Vec<usize> = documents
+                .ends()
+                .iter()
+                .map(|&end| end.min(length))
+                .collect();
+            Some(Partition::zigzag_documents(length, &ends, ranks))
+        }
         _ => None,
     }
 }
@@ -134,6 +151,8 @@ impl Ring {
             query_positions: self.queries[self.group.rank()].clone(),
             key_positions: self.keys[origin].clone(),
             scale: self.scale,
+            dropout: self.dropout,
+            samples: self.samples.clone(),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::{HeadRange, Kernel, Mask, Problem, linear, softmax_attention};
+use super::{Dropout, HeadRange, Kernel, Mask, Problem, linear, softmax_attention};
 use crate::blocks::DIMS;
 use crate::error::Error;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
@@ -40,11 +40,12 @@ impl Heads {
 }
 
 /// Whether an attention's logsumexp is wanted beside its output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Logsumexp {
     /// It is, laid out as the queries; a strategy may have to send it for that.
     Wanted,
     /// It is not.
+    #[default]
     Unwanted,
 }
 
@@ -70,6 +71,8 @@ pub struct HeldAttention<'a> {
     pub form: &'a Form,
     /// What the scores are multiplied with.
     pub scale: f64,
+    /// Which probabilities are dropped, if any.
+    pub dropout: Option<Dropout>,
 }
 
 /// Refuses queries, keys or values whose channels are not those of the heads that a rank holds.
@@ -88,6 +91,19 @@ pub fn check_heads(channels: [usize; 3], heads: &HeadRange, dim: usize) -> Resul
             "their channels must be {queries}, {keys} and {keys} heads of {dim}: those that this rank holds"
         ),
     })
+}
+
+/// Refuses dropout of a linear attention: it has no probabilities that could be dropped.
+///
+/// # Errors
+/// [`Error::LinearDropout`].
+pub fn check_dropout(form: &Form, dropout: Option<Dropout>) -> Result<(), Error> {
+    match (form, dropout) {
+        (Form::Softmax, _) | (_, None) => Ok(()),
+        (_, Some(dropout)) => Err(Error::LinearDropout {
+            probability: dropout.probability(),
+        }),
+    }
 }
 
 /// A self-attention within what this rank holds: exact if the keys' attended axes are whole.
@@ -110,6 +126,7 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
             mask: &attention.mask,
             form: &attention.form,
             scale: attention.scale,
+            dropout: scope.dropout,
         },
     )?;
     let logsumexp = match (scope.logsumexp, lse) {
@@ -131,12 +148,13 @@ pub fn attend_local(qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Atten
 ///
 /// # Errors
 /// [`Error::AttendsSplitAxis`] if the keys are split along an attended axis, [`Error::Shape`] if queries and
-/// keys differ along an axis that is not attended.
+/// keys differ along an axis that is not attended, [`Error::LinearDropout`] for dropout of a linear attention.
 pub fn attend_held(
     qkv: [Shard; 3],
     held: HeldAttention<'_>,
 ) -> Result<(Tensor<DIMS>, Option<Tensor<DIMS>>), Error> {
     let [query, key, value] = qkv;
+    check_dropout(held.form, held.dropout)?;
     for axis in SeqAxis::ALL {
         if held.axes.contains(axis) {
             if key.layout().is_split(axis) {
@@ -160,6 +178,8 @@ pub fn attend_held(
             query_positions: positions(query.layout(), held.axes, query.rank()),
             key_positions: positions(key.layout(), held.axes, key.rank()),
             scale: held.scale,
+            dropout: held.dropout,
+            samples: samples(query.layout(), held.axes, fold.batch(), query.rank()),
         }),
         Form::Linear { decay } => Kernel::Linear(linear::Problem {
             heads: held.heads.clone(),
@@ -225,6 +245,8 @@ pub fn cross_attention(
         query_positions: nonempty(0..rows),
         key_positions: nonempty(0..length),
         scale: (dim as f64).powf(-0.5),
+        dropout: None,
+        samples: nonempty(0..batch),
     };
     let key = reshape(key, [batch, length, keys, dim]);
     let value = reshape(value, [batch, length, keys, dim]);
@@ -294,6 +316,11 @@ impl Fold {
         reshape(x, shape).permute(back)
     }
 
+    /// The samples before folding.
+    pub fn batch(&self) -> usize {
+        self.dims[0]
+    }
+
     /// The mask with one length for each folded sample.
     pub fn mask(&self, mask: &Mask) -> Mask {
         match mask {
@@ -351,6 +378,28 @@ pub fn positions_in(
     found
 }
 
+/// The global numbers of a rank's samples in an attention over `axes`, in the order of [`Fold`]: the batch times the
+/// positions along the other axes, numbered as [`positions`] are.
+pub fn samples(layout: &Layout, axes: AxisSet, batch: usize, rank: usize) -> Vec<Range<usize>> {
+    let others: Vec<SeqAxis> = SeqAxis::ALL
+        .into_iter()
+        .filter(|&axis| !axes.contains(axis))
+        .collect();
+    let all: usize = others.iter().map(|&axis| layout.length(axis)).product();
+    let beside = positions(layout, AxisSet::of(&others), rank);
+    let mut found: Vec<Range<usize>> = Vec::new();
+    for first in (0..batch).map(|sample| sample * all) {
+        for range in &beside {
+            let (start, end) = (first + range.start, first + range.end);
+            match found.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => found.push(start..end),
+            }
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -377,5 +426,18 @@ mod tests {
             .unwrap();
         let axes = AxisSet::of(&[SeqAxis::FIRST]);
         assert_eq!(positions(&layout, axes, 0), [0..3, 8..10]);
+    }
+
+    #[test]
+    fn samples_are_numbered_over_the_batch_and_the_axes_beside_the_attended_one() {
+        let layout = Layout::split([2, 4, 1], SeqAxis::SECOND, 2);
+        let first = AxisSet::of(&[SeqAxis::FIRST]);
+        assert_eq!(samples(&layout, first, 2, 0), [0..2, 4..6]);
+        assert_eq!(samples(&layout, first, 2, 1), [2..4, 6..8]);
+        // What is split is attended: every rank has a part of every sample.
+        let second = AxisSet::of(&[SeqAxis::SECOND]);
+        let all: Vec<_> = std::iter::once(0..6).collect();
+        assert_eq!(samples(&layout, second, 3, 1), all);
+        assert!(samples(&layout, first, 0, 1).is_empty());
     }
 }

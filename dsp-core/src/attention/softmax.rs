@@ -25,7 +25,7 @@ use std::ops::Range;
 
 use burn::tensor::{Bool, DType, Device, Tensor, TensorData, s};
 
-use super::{Heads, Mask, Visibility};
+use super::{Dropout, Heads, Mask, Visibility};
 use crate::vjp;
 
 /// The query heads that a rank holds, and how many of them share a kv head.
@@ -111,6 +111,11 @@ pub struct Problem {
     pub key_positions: Vec<Range<usize>>,
     /// What the products of queries and keys are multiplied with; commonly `1/√d`.
     pub scale: f64,
+    /// Which probabilities are dropped, if any.
+    pub dropout: Option<Dropout>,
+    /// The global numbers of the local samples, of which dropout's draws depend: ranges in the order of the
+    /// batch. A mask numbers the samples locally.
+    pub samples: Vec<Range<usize>>,
 }
 
 /// Attends: the output, and the logsumexp (natural logarithm) of each query's scores.
@@ -121,7 +126,8 @@ pub struct Problem {
 /// # Shapes
 /// - `q`: `[B, Lq, Hq, d]`, `k`: `[B, Lk, Hkv, d]`, `v`: `[B, Lk, Hkv, dv]`; any of them may be
 ///   empty
-/// - returns: `[B, Lq, Hq, dv]` and `[B, Lq, Hq]`; `(0, −∞)` for a query that sees no key
+/// - returns: `[B, Lq, Hq, dv]` and `[B, Lq, Hq]`; `(0, −∞)` for a query that sees no key. The logsumexp is
+///   that of all visible keys, those dropped included
 ///
 /// # Cost
 /// `2·B·Hq·(d + dv)` operations per visible pair of query and key. Memory: the results, and a
@@ -269,7 +275,7 @@ fn forward_in(
             for keys in ranges(sizes.k[1], blocks.key) {
                 let block = Block {
                     tile: &tile,
-                    mask: &problem.mask,
+                    problem,
                     queries: &query_positions,
                     keys: &positions_of(&problem.key_positions, keys.clone()),
                 };
@@ -278,7 +284,8 @@ fn forward_in(
                     continue;
                 }
                 let scores = block.scores(visibility, &q, tile.keys(&k, &keys));
-                let part = attend(scores, tile.keys(&v, &keys));
+                let kept = block.kept(&scores.device());
+                let part = attend(scores, tile.keys(&v, &keys), kept.as_ref());
                 seen = Some(match seen {
                     Some(before) => merge_rows(before, part),
                     None => part,
@@ -314,7 +321,7 @@ fn backward_in(
     if dq.shape().num_elements() == 0 || dk.shape().num_elements() == 0 {
         return (dq, dk, dv);
     }
-    // dout · out, which is Σ_j p_ij (dout_i · v_j): the softmax's own derivative.
+    // dout · out, which is Σ_j p_ij dp_ij, dropped or not: the softmax's own derivative.
     let delta: Tensor<4> = (dout.clone() * out).sum_dim(3);
     let lse = finite_lse(lse).unsqueeze_dim::<4>(3);
     for tile in tiles(blocks, &sizes, problem, dtype) {
@@ -336,7 +343,7 @@ fn backward_in(
             for queries in &mut query_blocks {
                 let block = Block {
                     tile: &tile,
-                    mask: &problem.mask,
+                    problem,
                     queries: &queries.positions,
                     keys: &key_positions,
                 };
@@ -346,12 +353,12 @@ fn backward_in(
                 }
                 let scores = block.scores(visibility, &queries.q, block_k.clone());
                 let weights = (scores - queries.lse.clone()).exp();
+                let kept = block.kept(&weights.device());
                 let dout = queries.dout.clone();
-                add(
-                    &mut block_dv,
-                    weights.clone().swap_dims(2, 3).matmul(dout.clone()),
-                );
+                let dropped = drop_out(weights.clone(), kept.as_ref());
+                add(&mut block_dv, dropped.swap_dims(2, 3).matmul(dout.clone()));
                 let dweights = dout.matmul(block_v.clone().swap_dims(2, 3));
+                let dweights = drop_out(dweights, kept.as_ref());
                 let dscores = weights * (dweights - queries.delta.clone());
                 // `q` carries the scale already.
                 add(
@@ -424,6 +431,11 @@ impl Sizes {
             "attention: q {q:?} and k {k:?} must have a row per position of {:?} and {:?}",
             problem.query_positions,
             problem.key_positions
+        );
+        assert_eq!(
+            rows(&problem.samples),
+            q[0],
+            "attention: there is one global number (left) per sample (right)"
         );
         if let Mask::KeyLengths(lengths) = &problem.mask {
             assert_eq!(
@@ -566,15 +578,14 @@ impl Tile {
 /// A block of queries against a block of keys, by their positions.
 struct Block<'a> {
     tile: &'a Tile,
-    mask: &'a Mask,
+    problem: &'a Problem,
     queries: &'a [Range<usize>],
     keys: &'a [Range<usize>],
 }
 
 impl Block<'_> {
     fn visibility(&self) -> Visibility {
-        self.mask
-            .classify(self.tile.samples.clone(), self.queries, self.keys)
+        (self.problem.mask).classify(self.tile.samples.clone(), self.queries, self.keys)
     }
 
     /// `[b, h, rows·group, keys]`, hidden pairs at [`hidden_score`].
@@ -592,11 +603,12 @@ impl Block<'_> {
 
     /// True where a key is hidden: `[b or 1, 1, rows·group or 1, keys]`.
     fn hidden(&self, device: &Device) -> Tensor<4, Bool> {
-        let samples = match self.mask.depends_on_sample() {
+        let mask = &self.problem.mask;
+        let samples = match mask.depends_on_sample() {
             true => self.tile.samples.clone(),
             false => self.tile.samples.start..self.tile.samples.start + 1,
         };
-        let rows: Vec<usize> = match self.mask.depends_on_query() {
+        let rows: Vec<usize> = match mask.depends_on_query() {
             true => (self.queries.iter().cloned().flatten())
                 .flat_map(|query| std::iter::repeat_n(query, self.tile.group))
                 .collect(),
@@ -607,22 +619,70 @@ impl Block<'_> {
         let mut hidden = Vec::with_capacity(shape.iter().product());
         for sample in samples {
             for &query in &rows {
-                hidden.extend(keys.iter().map(|&key| !self.mask.sees(sample, query, key)));
+                hidden.extend(keys.iter().map(|&key| !mask.sees(sample, query, key)));
             }
         }
         Tensor::from_data(TensorData::new(hidden, shape), device)
     }
+    /// What dropout keeps of the pairs, `[b, h, rows·group, keys]`, if there is dropout.
+    fn kept(&self, device: &Device) -> Option<Kept> {
+        let dropout = self.problem.dropout?;
+        let tile = self.tile;
+        let heads = {
+            let first = self.problem.heads.query.start;
+            first + tile.query_heads.start..first + tile.query_heads.end
+        };
+        let samples = positions_of(&self.problem.samples, tile.samples.clone());
+        let rows: usize = self.queries.iter().map(Range::len).sum();
+        let keys: usize = self.keys.iter().map(Range::len).sum();
+        let shape = [
+            tile.samples.len(),
+            tile.kv_heads.len(),
+            rows * tile.group,
+            keys,
+        ];
+        let mut dropped = Vec::with_capacity(shape.iter().product());
+        for sample in samples.into_iter().flatten() {
+            for group in heads.clone().step_by(tile.group) {
+                for query in self.queries.iter().cloned().flatten() {
+                    for head in group..group + tile.group {
+                        dropout.extend(&mut dropped, [sample, head, query], self.keys);
+                    }
+                }
+            }
+        }
+        Some(Kept {
+            dropped: Tensor::from_data(TensorData::new(dropped, shape), device),
+            scale: dropout.scale(),
+        })
+    }
+}
+
+/// What dropout does to the pairs of a block.
+struct Kept {
+    /// True where a pair is dropped.
+    dropped: Tensor<4, Bool>,
+    /// What the others are multiplied with.
+    scale: f64,
+}
+
+/// `m / (1 − p) ∘ x`, or `x` without dropout.
+fn drop_out(x: Tensor<4>, kept: Option<&Kept>) -> Tensor<4> {
+    match kept {
+        Some(Kept { dropped, scale }) => x.mask_fill(dropped.clone(), 0.0).mul_scalar(*scale),
+        None => x,
+    }
 }
 
 /// The output and the logsumexp (as a last dimension of one) of rows of scores.
-fn attend(scores: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+fn attend(scores: Tensor<4>, v: Tensor<4>, kept: Option<&Kept>) -> (Tensor<4>, Tensor<4>) {
     // The bound lies between hidden and real scores: a row that sees nothing keeps weights of 0.
     let bound = least_maximum(scores.dtype());
     let maximum = scores.clone().max_dim(3).clamp_min(bound);
     let weights = (scores - maximum.clone()).exp();
     let sum = weights.clone().sum_dim(3);
     // The largest weight is 1, so that only the sum of a row that sees nothing is below one half.
-    let out = weights.matmul(v) / sum.clone().clamp_min(0.5);
+    let out = drop_out(weights, kept).matmul(v) / sum.clone().clamp_min(0.5);
     (out, maximum + sum.log())
 }
 
@@ -692,9 +752,12 @@ fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usi
     reason = "positions are lists of ranges"
 )]
 mod tests {
+    use std::num::NonZeroUsize;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::attention::{Documents, DropoutKey, Within};
 
     /// Blocks that hold any problem of these tests at once.
     const ONE_BLOCK: Blocks = Blocks {
@@ -830,6 +893,8 @@ mod tests {
             query_positions,
             key_positions,
             scale,
+            dropout,
+            samples,
         } = &case.problem;
         let [q, k, v, dout] = case.inputs(device, DType::F64);
         let [q, k, v] = [q, k, v].map(|x| x.autodiff().require_grad());
@@ -858,6 +923,22 @@ mod tests {
         let weights = scores.exp() * visible;
         let sum = weights.clone().sum_dim(3);
         let blind = sum.clone().equal_elem(0.0);
+        let mut kept = Vec::new();
+        for sample in samples.iter().cloned().flatten() {
+            for head in heads.query.clone() {
+                for query in query_positions.iter().cloned().flatten() {
+                    for key in key_positions.iter().cloned().flatten() {
+                        kept.push(match dropout {
+                            Some(dropout) if dropout.drops(sample, head, query, key) => 0.0,
+                            Some(dropout) => 1.0 / (1.0 - dropout.probability()),
+                            None => 1.0,
+                        });
+                    }
+                }
+            }
+        }
+        let kept = TensorData::new(kept, [b, hq, lq, lk]);
+        let weights = weights * Tensor::<4>::from_data(kept, (&q.device(), DType::F64));
         let out = weights.matmul(by_head(&v)) / sum.clone().mask_fill(blind, 1.0);
         let out = out.swap_dims(1, 2);
         let lse = sum.inner().log().swap_dims(1, 2).reshape([b, lq, hq]);
@@ -874,16 +955,57 @@ mod tests {
         prop::collection::vec(range, ranges)
     }
 
+    fn window() -> impl Strategy<Value = NonZeroUsize> {
+        (1..12usize).prop_map(|size| NonZeroUsize::new(size).unwrap())
+    }
+
+    fn documents() -> impl Strategy<Value = Documents> {
+        prop::collection::btree_set(0..30usize, 0..5)
+            .prop_map(|ends| Documents::new(ends.into_iter().collect::<Vec<_>>()).unwrap())
+    }
+
+    fn within() -> impl Strategy<Value = Within> {
+        prop_oneof![
+            Just(Within::Full),
+            Just(Within::Causal),
+            window().prop_map(Within::Window),
+        ]
+    }
+
+    fn dropout() -> impl Strategy<Value = Dropout> {
+        let probability = prop_oneof![Just(0.0), Just(0.9), 0.0..0.9f64];
+        (probability, any::<u64>()).prop_map(|(probability, seed)| {
+            let key = DropoutKey {
+                seed,
+                ..DropoutKey::default()
+            };
+            Dropout::new(probability, key).unwrap()
+        })
+    }
+
     fn cases() -> impl Strategy<Value = Case> {
         (1..4usize, 0..6usize, 1..7usize, 1..5usize).prop_flat_map(|(batch, start, len, group)| {
             let mask = prop_oneof![
                 Just(Mask::Full),
                 Just(Mask::Causal),
+                window().prop_map(|size| Mask::Window { size }),
+                (documents(), within())
+                    .prop_map(|(documents, within)| Mask::Packed { documents, within }),
                 prop::collection::vec(0..30usize, batch)
                     .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
             ];
-            let problem = (mask, positions(1..4), positions(1..4), 0.2..0.8f64).prop_map(
-                move |(mask, query_positions, key_positions, scale)| Problem {
+            let samples =
+                prop::collection::vec((0..9usize).prop_map(|start| start..start + 1), batch);
+            let problem = (
+                mask,
+                positions(1..4),
+                positions(1..4),
+                0.2..0.8f64,
+                prop::option::of(dropout()),
+                samples,
+            );
+            let problem = problem.prop_map(
+                move |(mask, query_positions, key_positions, scale, dropout, samples)| Problem {
                     heads: HeadRange {
                         query: start..start + len,
                         group,
@@ -892,6 +1014,8 @@ mod tests {
                     query_positions,
                     key_positions,
                     scale,
+                    dropout,
+                    samples,
                 },
             );
             let blocks =
@@ -1013,6 +1137,8 @@ mod tests {
                 query_positions: vec![0..queries],
                 key_positions: vec![0..keys],
                 scale: 0.5,
+                dropout: None,
+                samples: vec![0..batch],
             },
             batch,
             width: 4,
@@ -1266,6 +1392,50 @@ mod tests {
         for (a, b) in a.gradients.iter().zip(&b.gradients) {
             assert_eq!(values(a), values(b));
         }
+    }
+
+    #[test]
+    fn dropout_with_probability_0_changes_no_bit() {
+        let device = Device::flex();
+        let mut case = plain(2, 4, 9, 11, Mask::Causal);
+        let without = ours(&case, case.blocks, &device);
+        case.problem.dropout = Some(Dropout::new(0.0, DropoutKey::default()).unwrap());
+        let with = ours(&case, case.blocks, &device);
+        assert_eq!(values(&with.out), values(&without.out));
+        assert_eq!(values(&with.lse), values(&without.lse));
+        for (a, b) in with.gradients.iter().zip(&without.gradients) {
+            assert_eq!(values(a), values(b));
+        }
+    }
+
+    #[test]
+    fn dropout_leaves_the_logsumexp_and_the_mean_of_the_output() {
+        let device = Device::flex();
+        // Of equal weights and values of one, an output is the share of what is kept, scaled.
+        let (queries, keys, probability) = (64, 256, 0.3);
+        let mut case = plain(1, 2, queries, keys, Mask::Full);
+        let [q, k, v, _] = case.inputs(&device, DType::F64);
+        let (q, v) = (q.zeros_like(), v.ones_like());
+        let without = forward(q.clone(), k.clone(), v.clone(), &case.problem);
+        case.problem.dropout = Some(Dropout::new(probability, DropoutKey::default()).unwrap());
+        let with = forward(q, k, v, &case.problem);
+        assert_eq!(values(&with.1), values(&without.1));
+        let outputs = values(&with.0);
+        let mean = outputs.iter().sum::<f64>() / outputs.len() as f64;
+        // Five standard deviations of a mean of all pairs.
+        let pairs = (2 * queries * keys) as f64;
+        let bound = 5.0 * (probability / (1.0 - probability) / pairs).sqrt();
+        assert!((mean - 1.0).abs() < bound, "{mean}");
+        assert!(outputs.iter().any(|x| (x - 1.0).abs() > 1e-3));
+    }
+
+    #[test]
+    #[should_panic(expected = "one global number")]
+    fn samples_without_a_global_number_are_refused() {
+        let mut case = plain(2, 1, 2, 2, Mask::Full);
+        let [q, k, v, _] = case.inputs(&Device::flex(), DType::F32);
+        case.problem.samples = vec![3..4];
+        let _ = forward(q, k, v, &case.problem);
     }
 
     #[test]

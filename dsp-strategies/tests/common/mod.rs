@@ -9,16 +9,19 @@
 )]
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData, module};
+use dsp_core::attention::{Documents, Dropout, DropoutKey, Within};
 use dsp_core::cost::Elements;
 use dsp_core::gradients::reduced_parameters;
 use dsp_core::layout::MeshAxis;
 use dsp_core::ledger::{Entry, Phase, Traffic};
+use dsp_core::session::Attend;
 use dsp_core::shape::reshape;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Part, Placement, Role, StageKind, Units};
 use dsp_core::{
@@ -49,6 +52,8 @@ pub(crate) struct Case {
     pub(crate) heads: (usize, usize),
     pub(crate) subs: Vec<Sub>,
     pub(crate) output: OutputLayout,
+    /// With which probability self-attentions drop, if they do.
+    pub(crate) dropout: Option<f64>,
     /// Whether memory-bound operations are repeated in the backward pass.
     pub(crate) checkpointing: Checkpointing,
 }
@@ -125,6 +130,17 @@ impl Case {
     /// How many tokens of the text count for each of some samples.
     fn text_lengths(samples: Range<usize>) -> Arc<[usize]> {
         samples.map(|sample| TEXT - sample % 2).collect()
+    }
+
+    fn dropout(&self, operation: usize) -> Option<Dropout> {
+        let key = DropoutKey {
+            seed: 7,
+            step: 3,
+            microbatch: 1,
+            operation: operation as u32,
+        };
+        self.dropout
+            .map(|probability| Dropout::new(probability, key).unwrap())
     }
 
     /// The same model of some of the samples.
@@ -250,7 +266,7 @@ impl Model {
         let count = table.dims()[0];
         let mut x = x.map(|x| x + reshape(table, [1, count, 1, 1, HIDDEN]))?;
         let mut stages = session.stages();
-        for (layer, sub) in self.layers.iter().zip(&case.subs) {
+        for (index, (layer, sub)) in self.layers.iter().zip(&case.subs).enumerate() {
             let stage = match sub {
                 Sub::Attention(..) | Sub::Linear(_) => stages.attention()?,
                 Sub::Text => stages.cross_attention()?,
@@ -263,7 +279,15 @@ impl Model {
                     let q = h.clone().map(|h| layer.input(0, h))?;
                     let k = h.clone().map(|h| layer.input(1, h))?;
                     let v = h.map(|h| layer.input(2, h))?;
-                    stage.attend(q, k, v)?
+                    let dropout = match sub {
+                        Sub::Attention(..) => case.dropout(index),
+                        _ => None,
+                    };
+                    let options = Attend {
+                        dropout,
+                        ..Attend::default()
+                    };
+                    stage.attend_with([q, k, v], options)?.output
                 }
                 Sub::Text => {
                     let q = h.map(|h| layer.input(0, h))?;
@@ -684,10 +708,29 @@ pub(crate) fn check_replicas(
     Ok(Ok(()))
 }
 
+/// Windows and documents shorter and longer than the attended axes together.
 fn masks(batch: usize) -> impl Strategy<Value = Mask> {
+    let size = || {
+        prop_oneof![3 => 1usize..5, 1 => 5usize..40]
+            .prop_map(|size| NonZeroUsize::new(size).unwrap())
+    };
+    let documents = prop::collection::vec(0usize..7, 0..5).prop_map(|lengths| {
+        let ends = lengths.iter().scan(0, |end, length| {
+            *end += length;
+            Some(*end)
+        });
+        Documents::new(ends.collect::<Vec<_>>()).unwrap()
+    });
+    let within = prop_oneof![
+        Just(Within::Full),
+        Just(Within::Causal),
+        size().prop_map(Within::Window),
+    ];
     prop_oneof![
         2 => Just(Mask::Full),
         2 => Just(Mask::Causal),
+        2 => size().prop_map(|size| Mask::Window { size }),
+        2 => (documents, within).prop_map(|(documents, within)| Mask::Packed { documents, within }),
         1 => prop::collection::vec(0usize..5, batch).prop_map(|lengths| Mask::KeyLengths(lengths.into())),
     ]
 }
@@ -746,15 +789,17 @@ fn cases_of(
             prop::sample::select(heads.to_vec()),
             prop::collection::vec(sub, 1..=4),
             prop_oneof![Just(OutputLayout::AsInput), Just(OutputLayout::Free)],
+            prop_oneof![2 => Just(None), 1 => Just(Some(0.2)), 1 => Just(Some(0.6))],
             prop_oneof![Just(Checkpointing::Off), Just(Checkpointing::On)],
         )
             .prop_map(
-                |(batch, lengths, heads, subs, output, checkpointing)| Case {
+                |(batch, lengths, heads, subs, output, dropout, checkpointing)| Case {
                     batch,
                     lengths,
                     heads,
                     subs,
                     output,
+                    dropout,
                     checkpointing,
                 },
             )
