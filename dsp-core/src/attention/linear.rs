@@ -914,6 +914,39 @@ mod tests {
     }
 
     #[test]
+    fn half_precision_has_states_in_f32_and_results_in_its_own_dtype() {
+        let problem = Problem {
+            heads: HeadRange {
+                query: 0..2,
+                group: 2,
+            },
+            decay: vec![0.9, 1.0].into(),
+            scale: 0.5,
+        };
+        let device = Device::flex();
+        let of = |dtype: DType| {
+            // What bf16 can hold, so that both compute with the same numbers.
+            let of = |heads, seed| {
+                let x = random([1, 5, heads, 3], seed, (&device, DType::F32));
+                x.cast(DType::BF16).cast(dtype)
+            };
+            let (q, k, v, dout) = (of(2, 1), of(1, 2), of(1, 3), of(2, 4));
+            let chunk = forward(&q, &k, &v, &problem);
+            let gradients = backward([&q, &k, &v], &chunk.states, &dout, &problem);
+            let Gradients { query, key, value } = gradients;
+            (chunk.states.last, [chunk.output, query, key, value])
+        };
+        let ((state, half), (expected, single)) = (of(DType::BF16), of(DType::F32));
+        assert_eq!(state.dtype(), DType::F32);
+        assert_eq!(difference(&state, &expected), 0.0);
+        for (half, single) in half.into_iter().zip(single) {
+            assert_eq!(half.dtype(), DType::BF16);
+            // Rounded once, at the end.
+            assert_eq!(difference(&half, &single.cast(DType::BF16)), 0.0);
+        }
+    }
+
+    #[test]
     fn nothing_of_any_kind_has_results_without_elements() {
         for [batch, length, heads] in [[0, 3, 2], [2, 0, 2], [2, 3, 0]] {
             let problem = Problem {
