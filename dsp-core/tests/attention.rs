@@ -202,7 +202,7 @@ fn linear_attention_with_decay_gives_lightning_attentions_outputs_states_and_gra
         assert_linear(&fixture, case, &problem);
         for (dtype, tolerance) in TOLERANCES {
             let load = |name: &str| fixture.rows_first::<4>(&format!("{case}.{name}"), dtype);
-            let state = linear::state(&load("k"), &load("v"), &problem);
+            let state = linear::states(&load("k"), &load("v"), &problem).last;
             let expected = fixture.tensor::<4>(&format!("{case}.final_state"), dtype);
             assert_close(&format!("{case}.final_state"), state, expected, tolerance);
         }

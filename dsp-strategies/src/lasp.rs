@@ -7,9 +7,10 @@
 //!    └────────┘ ◀───────   └────────┘ ◀───────   └────────┘      backward: the gradient of that state goes back
 //! ```
 //!
-//! Attentions over the other axes are local. Cost of one over the split axis: each rank but the last sends the state,
-//! `B·Hq·d²` elements, forward, and each but the first as much backward, whatever the length; the N−1 hops wait
-//! for each other. The graph keeps the states before each block of 64 positions.
+//! A rank computes its own positions while the state is on its way there, then hands it on. Attentions over the other
+//! axes are local. Cost of one over the split axis: each rank but the last sends the state, `B·Hq·d²` elements, forward,
+//! and each but the first as much backward, whatever the length; the N−1 hops wait for each other. The graph keeps
+//! the states before each block of 64 positions.
 //!
 //! Requires: linear attention over the split axis, of which the ranks' positions are contiguous and in rank order.
 //! Chunks may be uneven, and empty ones hand the state on.
@@ -26,7 +27,7 @@ use dsp_core::attention::{Attended, attend_local};
 use dsp_core::blocks::{Blocks, DimBlocks};
 use dsp_core::cost;
 use dsp_core::error::Tracking;
-use dsp_core::group::{Request, Step};
+use dsp_core::group::{InFlight, Request, Step};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
 use dsp_core::{
@@ -93,7 +94,7 @@ impl SequenceParallel for Lasp {
     }
 }
 
-/// The state's way from rank to rank.
+/// The state's way from rank to rank: an exchange a hop, in which all take part and one pair moves something.
 struct Hops {
     chunks: Chunks,
     group: Group,
@@ -101,58 +102,112 @@ struct Hops {
     asked: u64,
 }
 
-impl Relay for Hops {
-    type Started = Tensor<4>;
+/// A state on its way.
+struct OnTheWay {
+    /// This rank's own state.
+    own: Tensor<4>,
+    direction: Direction,
+    /// The hops that have been started, from the first: the last of them ends at this rank, unless it is the first
+    /// on the way.
+    hops: Vec<InFlight>,
+}
 
-    fn start(&self, own: Tensor<4>, direction: Direction) -> Result<Tensor<4>, CommError> {
-        let (rank, ranks) = (self.group.rank(), self.group.size());
-        // Hop `i` leads from the i-th rank on the way to the next.
-        let on_the_way = |index: usize| match direction {
-            Direction::Forward => index,
-            Direction::Backward => ranks - 1 - index,
-        };
-        let [samples, heads, d, dv] = own.dims();
-        let like = (&own.device(), own.dtype());
-        let mut arrived = Tensor::<4>::zeros(own.dims(), like);
-        for hop in 0..ranks - 1 {
-            let (from, to) = (on_the_way(hop), on_the_way(hop + 1));
-            let tensor = if rank == from {
-                let passing = self.chunks.problem.passing(self.chunks.lengths[rank], like);
-                let after = own.clone() + arrived.clone() * passing;
-                after.unsqueeze_dim(0)
-            } else {
-                Tensor::zeros([0, samples, heads, d, dv], like)
-            };
-            let held = |holder: usize| {
-                let one = |rank| if rank == holder { vec![0..1] } else { vec![] };
-                let blocks = Blocks::replicated([1, samples, heads, d, dv], ranks);
-                let held = DimBlocks::from_ranges(1, (0..ranks).map(one).collect());
-                Arc::new(blocks.with_dim(0, held))
-            };
-            let (phase, tracking, answers) = match direction {
-                Direction::Forward => (Phase::Forward, self.chunks.tracking, None),
-                Direction::Backward => {
-                    (Phase::Backward, Tracking::Untracked, Some(self.asked))
-                }
-            };
-            let state = self.group.exchange(Request {
-                collective: Collective::RingShift,
-                phase,
-                tracking,
-                tensor,
-                before: held(from),
-                after: held(to),
-                step: Step::First,
-                answers,
-            })?;
-            if rank == to {
-                arrived = state.squeeze_dim(0);
-            }
-        }
-        Ok(arrived)
+impl Hops {
+    /// How many ranks the state has passed before it comes here.
+    fn place(&self, direction: Direction) -> usize {
+        self.rank_at(self.group.rank(), direction)
     }
 
-    fn finish(&self, arrived: Tensor<4>) -> Result<Tensor<4>, CommError> {
+    /// The rank at a place on the way.
+    fn rank_at(&self, place: usize, direction: Direction) -> usize {
+        match direction {
+            Direction::Forward => place,
+            Direction::Backward => self.group.size() - 1 - place,
+        }
+    }
+
+    /// Starts the hop from one place on the way to the next. Only the rank that stands there sends `state`.
+    fn hop(
+        &self,
+        place: usize,
+        direction: Direction,
+        state: &Tensor<4>,
+    ) -> Result<InFlight, CommError> {
+        let (from, to) = (
+            self.rank_at(place, direction),
+            self.rank_at(place + 1, direction),
+        );
+        let ranks = self.group.size();
+        let [samples, heads, d, dv] = state.dims();
+        let held = |holder: usize| {
+            let one = |rank| if rank == holder { vec![0..1] } else { vec![] };
+            let blocks = Blocks::replicated([1, samples, heads, d, dv], ranks);
+            let held = DimBlocks::from_ranges(1, (0..ranks).map(one).collect());
+            Arc::new(blocks.with_dim(0, held))
+        };
+        let (phase, tracking, answers) = match direction {
+            Direction::Forward => (Phase::Forward, self.chunks.tracking, None),
+            Direction::Backward => (Phase::Backward, Tracking::Untracked, Some(self.asked)),
+        };
+        let tensor = if self.group.rank() == from {
+            state.clone().unsqueeze_dim(0)
+        } else {
+            let like = (&state.device(), state.dtype());
+            Tensor::zeros([0, samples, heads, d, dv], like)
+        };
+        self.group.start(Request {
+            collective: Collective::RingShift,
+            phase,
+            tracking,
+            tensor,
+            before: held(from),
+            after: held(to),
+            step: Step::First,
+            answers,
+        })
+    }
+}
+
+impl Relay for Hops {
+    type Started = OnTheWay;
+
+    /// Starts all hops up to the one that ends here. The first rank on the way starts all: it sends what it has.
+    fn start(&self, own: Tensor<4>, direction: Direction) -> Result<OnTheWay, CommError> {
+        let count = match self.place(direction) {
+            0 => self.group.size() - 1,
+            place => place,
+        };
+        let hops = (0..count).map(|hop| self.hop(hop, direction, &own));
+        Ok(OnTheWay {
+            hops: hops.collect::<Result<_, _>>()?,
+            own,
+            direction,
+        })
+    }
+
+    /// Waits for the state, and hands it on with this rank's own.
+    fn finish(&self, started: OnTheWay) -> Result<Tensor<4>, CommError> {
+        let OnTheWay {
+            own,
+            direction,
+            hops,
+        } = started;
+        let started = hops.len();
+        let mut last = None;
+        for hop in hops {
+            last = Some(hop.wait()?);
+        }
+        let (place, rank) = (self.place(direction), self.group.rank());
+        let arrived = match last {
+            Some(state) if place > 0 => state.squeeze_dim(0),
+            _ => own.zeros_like(),
+        };
+        let like = (&own.device(), own.dtype());
+        let passing = (self.chunks.problem).passing(self.chunks.lengths[rank], like);
+        let onward = own + arrived.clone() * passing;
+        for hop in started..self.group.size() - 1 {
+            self.hop(hop, direction, &onward)?.wait()?;
+        }
         Ok(arrived)
     }
 }

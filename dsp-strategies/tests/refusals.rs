@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::{Case, Checkpointing, Sub, attend};
 use dsp_core::strategy::{Form, OutputLayout, StageKind};
-use dsp_core::{Error, Group, Mask, ModelShape, PlanError, SequenceParallel, Session};
+use dsp_core::{Error, Group, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session};
 use dsp_strategies::{Dsp, Lss, Serial, Ulysses, by_name};
 
 fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
@@ -125,6 +125,62 @@ fn softmax_strategies_refuse_linear_attention_over_the_split_axis() {
         "lss cannot run stage \"sub 1\": it gathers keys and values for softmax attention, and this one is linear, \
          whose state is all that must move; use lasp or lasp2"
     );
+}
+
+#[test]
+fn lasp_and_lasp2_refuse_softmax_attention_over_the_split_axis_and_run_it_over_another() {
+    let text = case(&[8], (4, 2), vec![Sub::Linear(vec![0]), attend(&[0])]).shape();
+    for (name, rule) in [
+        (
+            "lasp",
+            "it hands on the state of linear attention, and softmax attention has none; mix it with a strategy for \
+             that, as in lasp+ring",
+        ),
+        (
+            "lasp2",
+            "it gathers the states of linear attention, and softmax attention has none; mix it with a strategy for \
+             that, as in lasp2+ring",
+        ),
+    ] {
+        let strategy = by_name(name).unwrap();
+        strategy.plan(&text, 1).unwrap();
+        assert_eq!(
+            strategy.plan(&text, 2).unwrap_err().to_string(),
+            format!("{name} cannot run stage \"sub 1\": {rule}")
+        );
+        let hybrid = case(&[8, 4], (4, 2), vec![Sub::Linear(vec![1]), attend(&[0])]).shape();
+        let plan = strategy.plan(&hybrid, 2).unwrap();
+        assert!(plan.input.is_split(SeqAxis::SECOND));
+    }
+}
+
+#[test]
+fn lasp_and_lasp2_split_the_outermost_axis_of_a_joint_attention_or_refuse() {
+    let joint = Sub::Linear(vec![0, 1]);
+    for name in ["lasp", "lasp2"] {
+        let strategy = by_name(name).unwrap();
+        // The second is longer, but inside of the first a rank's positions would not follow each other.
+        let two = case(&[3, 8], (4, 2), vec![joint.clone()]).shape();
+        let plan = strategy.plan(&two, 2).unwrap();
+        assert!(plan.input.is_split(SeqAxis::FIRST));
+        // An outer axis of one position keeps nothing apart.
+        let one = case(&[1, 8], (4, 2), vec![joint.clone()]).shape();
+        assert!(
+            strategy
+                .plan(&one, 2)
+                .unwrap()
+                .input
+                .is_split(SeqAxis::SECOND)
+        );
+        let stuck = case(&[3, 8], (4, 2), vec![joint.clone(), attend(&[0])]).shape();
+        assert_eq!(
+            strategy.plan(&stuck, 2).unwrap_err().to_string(),
+            format!(
+                "{name} cannot run stage \"sub 0\" on [3, 8/2, 1]: a state runs through contiguous positions in rank \
+                 order; split the outermost attended axis in plain blocks"
+            )
+        );
+    }
 }
 
 #[test]

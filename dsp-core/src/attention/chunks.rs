@@ -6,8 +6,8 @@
 //!   backward    its gradient D = Σ λ^{i−b+1} q_iᵀ do_i ── relay ──▶  gradient after the chunk G = Σ λ^{b_t−e} D_t
 //! ```
 //!
-//! How states get from rank to rank is the strategy's: a [`Relay`]. While they are on their way the rank computes its
-//! chunk as if there were none.
+//! How states get from rank to rank is the strategy's: a [`Relay`]. While they are on their way the rank computes what
+//! the rows of each block give each other. No rank computes anything twice.
 
 use burn::tensor::Tensor;
 
@@ -116,18 +116,20 @@ pub fn attend_in_chunks<R: Relay>(
     let q = fold.fold(q, queries);
     let [k, v] = [k, v].map(|x| key_fold.fold(x, keys));
 
-    let started = relay.start(linear::state(&k, &v, &problem), Direction::Forward)?;
-    let mut chunk = linear::forward(&q, &k, &v, &problem);
-    chunk.receive(&relay.finish(started)?, &q, &problem);
+    let mut states = linear::states(&k, &v, &problem);
+    let started = relay.start(states.last.clone(), Direction::Forward)?;
+    let within = linear::within(&q, &k, &v, &problem);
+    states.receive(&relay.finish(started)?, &problem);
 
-    let output = fold.unfold(chunk.output.clone());
+    let output = fold.unfold(within.output(&q, &states, &problem));
     let output = vjp::attach3(inputs, output, move |dout| {
         let dout = fold.fold(dout, queries);
-        let own = linear::state_gradient(&q, &dout, &problem);
-        let started = relay.start(own, Direction::Backward)?;
-        let mut gradients = linear::backward(&q, &k, &v, &chunk, &dout, &problem);
-        gradients.receive(&relay.finish(started)?, &k, &v, &problem);
-        let linear::Gradients { query, key, value } = gradients;
+        let qkv = [&q, &k, &v];
+        let mut after = linear::state_gradients(&q, &dout, &problem);
+        let started = relay.start(after.last.clone(), Direction::Backward)?;
+        let within = linear::gradients_within(qkv, &states, &dout, &problem);
+        after.receive(&relay.finish(started)?, &problem);
+        let linear::Gradients { query, key, value } = within.gradients(qkv, &after, &problem);
         Ok::<_, CommError>([
             fold.unfold(query),
             key_fold.unfold(key),

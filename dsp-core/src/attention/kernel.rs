@@ -69,7 +69,7 @@ impl Kernel {
                 softmax::backward(q, k, v, output, lse, dout, problem).into()
             }
             (Self::Linear(problem), Kept::Linear(chunk)) => {
-                let gradients = linear::backward(q, k, v, chunk, &dout, problem);
+                let gradients = linear::backward([q, k, v], &chunk.states, &dout, problem);
                 [gradients.query, gradients.key, gradients.value]
             }
             _ => panic!("what is kept of an attention goes back through the same form"),

@@ -10,10 +10,20 @@
 //!            └─────────┘└─────────┘└─────────┘      the state after   λ^C S + Σ λ^{C−1−j} k_jᵀ v_j
 //! ```
 //!
-//! All is linear in the state `P` before a chunk, so a rank can compute its chunk as if there were none
-//! ([`forward`]) and add what `P` contributes when it arrives ([`Chunk::receive`]); and backward alike, with the
-//! gradient `G` of the state after the chunk ([`backward`], [`Gradients::receive`]). Chunks may be of any length, and
-//! empty: an empty one hands the state on.
+//! All is linear in the state `P` before a chunk, so a chunk is computed in three steps, of which only the last needs
+//! what comes from elsewhere:
+//!
+//! ```text
+//!   forward     states            what its keys and values leave, as if nothing came before
+//!               within            what the rows of a block give each other
+//!               States::receive   the state before the chunk reaches every block
+//!               Within::output    and with it every row
+//!   backward    state_gradients, gradients_within, States::receive, GradientsWithin::gradients: the same from the end
+//! ```
+//!
+//! A rank sends its state after the first step and computes the second while states are on their way; [`forward`] and
+//! [`backward`] are the steps at once, for a chunk that is all there is. Chunks may be of any length, and empty: an
+//! empty one hands the state on.
 //!
 //! Powers of a decay are never negative, so nothing overflows. They are computed in f64; products and states are in
 //! f32 at least.
@@ -102,18 +112,214 @@ fn raised(decay: f64, power: usize) -> f64 {
 /// Positions in a block. Results depend on it by rounding only.
 const BLOCK: usize = 64;
 
-/// The forward pass of a chunk.
+/// The states along a chunk, in the direction in which they run: forward from its first position, and backward, as
+/// gradients, from its last.
 ///
-/// It keeps the state before each block for the backward pass, as LASP does: `⌈L/64⌉·B·H·d·dv` elements, as much
-/// as the keys where `dv` is 64.
+/// One is kept for each block, as LASP does: `⌈L/64⌉·B·Hq·d·dv` elements, as much as the keys where `dv` is 64.
+#[derive(Debug, Clone)]
+pub struct States {
+    /// The state that leaves the chunk: `[B, Hq, d, dv]`, in f32 at least.
+    pub last: Tensor<4>,
+    /// The state that each block meets, in the order of positions.
+    met: Vec<Tensor<4>>,
+    /// How many positions of the chunk the state has passed by then.
+    passed: Vec<usize>,
+    length: usize,
+}
+
+impl States {
+    /// States that run through blocks in the given order, each of which adds its own.
+    fn run(
+        length: usize,
+        ranges: impl Iterator<Item = Range<usize>>,
+        none: Tensor<4>,
+        mut through: impl FnMut(&Range<usize>, Tensor<4>) -> Tensor<4>,
+    ) -> Self {
+        let (mut met, mut passed, mut far) = (Vec::new(), Vec::new(), 0);
+        let mut last = none;
+        for rows in ranges {
+            let after = through(&rows, last.clone());
+            met.push(std::mem::replace(&mut last, after));
+            passed.push(far);
+            far += rows.len();
+        }
+        Self {
+            last,
+            met,
+            passed,
+            length,
+        }
+    }
+
+    /// Adds a state that comes into the chunk: to what each block meets, and to what leaves.
+    ///
+    /// # Shapes
+    /// - `state`: `[B, Hq, d, dv]`, in the dtype of [`last`](Self::last)
+    ///
+    /// # Cost
+    /// `⌈L/64⌉·B·Hq·d·dv` operations.
+    pub fn receive(&mut self, state: &Tensor<4>, problem: &Problem) {
+        if state.shape().num_elements() == 0 {
+            return;
+        }
+        let device = state.device();
+        let after = |length| {
+            let passing = problem.passing(length, (&device, state.dtype()));
+            state.clone() * passing
+        };
+        for (met, &passed) in self.met.iter_mut().zip(&self.passed) {
+            *met = met.clone() + after(passed);
+        }
+        self.last = self.last.clone() + after(self.length);
+    }
+}
+
+/// The states that a chunk alone makes: the last is `Σ_i λ^{L−1−i} k_iᵀ v_i`.
+///
+/// # Shapes
+/// - `k`: `[B, L, Hkv, d]`, `v`: `[B, L, Hkv, dv]`, untracked; any may be empty
+///
+/// # Cost
+/// `2·B·L·Hq·d·dv` operations.
+pub fn states(k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> States {
+    states_in(BLOCK, k, v, problem)
+}
+
+fn states_in(block: usize, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> States {
+    let (k, v) = (Rows::kv(k, problem), Rows::kv(v, problem));
+    let mut tables = None;
+    States::run(
+        k.length(),
+        blocks([&k, &v], block).into_iter(),
+        k.no_state(&v),
+        |rows, state| {
+            let tables = Tables::of(&mut tables, problem, rows.len(), k.like());
+            let (k, v) = (k.part(rows), v.part(rows));
+            outer(k * tables.aged.clone(), v) + state * tables.whole.clone()
+        },
+    )
+}
+
+/// The gradients of states that a chunk's output alone makes: the last, that of the state before the chunk, is
+/// `Σ_i λ^{i+1} q_iᵀ dout_i`.
+///
+/// # Shapes
+/// - `q`: `[B, L, Hq, d]`, `dout`: `[B, L, Hq, dv]`
+///
+/// # Cost
+/// `2·B·L·Hq·d·dv` operations.
+pub fn state_gradients(q: &Tensor<4>, dout: &Tensor<4>, problem: &Problem) -> States {
+    state_gradients_in(BLOCK, q, dout, problem)
+}
+
+fn state_gradients_in(block: usize, q: &Tensor<4>, dout: &Tensor<4>, problem: &Problem) -> States {
+    let (q, dout) = (Rows::query(q, problem.scale), Rows::query(dout, 1.0));
+    let mut tables = None;
+    let mut states = States::run(
+        q.length(),
+        blocks([&q, &dout], block).into_iter().rev(),
+        q.no_state(&dout),
+        |rows, state| {
+            let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
+            let (q, dout) = (q.part(rows), dout.part(rows));
+            outer(q * tables.reached.clone(), dout) + state * tables.whole.clone()
+        },
+    );
+    states.met.reverse();
+    states.passed.reverse();
+    states
+}
+
+/// What the rows of each block give each other.
+#[derive(Debug, Clone)]
+pub struct Within {
+    blocks: Vec<(Range<usize>, Tensor<4>)>,
+}
+
+/// The output without any state: what the rows of each block give each other.
+///
+/// # Shapes
+/// - `q`: `[B, L, Hq, d]`, `k`: `[B, L, Hkv, d]`, `v`: `[B, L, Hkv, dv]`, untracked; any may be empty
+///
+/// # Cost
+/// `128·B·L·Hq·(d + dv)` operations.
+///
+/// # Panics
+/// If a shape contradicts another, or the problem.
+pub fn within(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Within {
+    within_in(BLOCK, q, k, v, problem)
+}
+
+fn within_in(
+    block: usize,
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    problem: &Problem,
+) -> Within {
+    check(q, k, v, problem);
+    let (q, k, v) = (
+        Rows::query(q, problem.scale),
+        Rows::kv(k, problem),
+        Rows::kv(v, problem),
+    );
+    let mut tables = None;
+    let of_block = |rows: Range<usize>| {
+        let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
+        let weights = scores(q.part(&rows), k.part(&rows)) * tables.triangle.clone();
+        let output = weights.matmul(v.part(&rows));
+        (rows, output)
+    };
+    Within {
+        blocks: blocks([&q, &v], block).into_iter().map(of_block).collect(),
+    }
+}
+
+impl Within {
+    /// The output, with what the states that the blocks meet contribute to it: `[B, L, Hq, dv]`.
+    ///
+    /// # Cost
+    /// `2·B·L·Hq·d·dv` operations.
+    pub fn output(self, q: &Tensor<4>, states: &States, problem: &Problem) -> Tensor<4> {
+        let [batch, length, heads, _] = q.dims();
+        let (dtype, width) = (q.dtype(), states.last.dims()[3]);
+        let q = Rows::query(q, problem.scale);
+        let mut tables = None;
+        let parts = self.blocks.into_iter().zip(&states.met);
+        let parts = parts.map(|((rows, within), state)| {
+            let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
+            within + (q.part(&rows) * tables.reached.clone()).matmul(state.clone())
+        });
+        let shape = [batch, length, heads, width];
+        joined(parts.collect(), shape, (&q.device, dtype))
+    }
+}
+
+/// The forward pass of a chunk.
 #[derive(Debug, Clone)]
 pub struct Chunk {
     /// `[B, L, Hq, dv]`.
     pub output: Tensor<4>,
-    /// The state after the chunk: `[B, Hq, d, dv]`, in f32 at least.
-    pub last: Tensor<4>,
-    /// The state before each block.
-    states: Vec<Tensor<4>>,
+    /// What the backward pass needs.
+    pub states: States,
+}
+
+/// The forward pass of a chunk before which there is nothing.
+///
+/// # Shapes
+/// - `q`: `[B, L, Hq, d]`, `k`: `[B, L, Hkv, d]`, `v`: `[B, L, Hkv, dv]`, untracked; any may be empty
+///
+/// # Cost
+/// `B·L·Hq·(128·(d + dv) + 4·d·dv)` operations: linear in the length. Memory: see [`States`].
+///
+/// # Panics
+/// If a shape contradicts another, or the problem.
+pub fn forward(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Chunk {
+    let states = states(k, v, problem);
+    Chunk {
+        output: within(q, k, v, problem).output(q, &states, problem),
+        states,
+    }
 }
 
 /// The gradients of a chunk.
@@ -127,118 +333,98 @@ pub struct Gradients {
     pub value: Tensor<4>,
 }
 
-/// The state that a chunk alone leaves: `Σ_i λ^{L−1−i} k_iᵀ v_i`.
-///
-/// # Shapes
-/// - `k`: `[B, L, Hkv, d]`, `v`: `[B, L, Hkv, dv]`; any may be empty
-/// - returns: `[B, Hq, d, dv]`, in f32 at least
-///
-/// # Cost
-/// `2·B·L·Hq·d·dv` operations.
-pub fn state(k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Tensor<4> {
-    let (k, v) = (Rows::kv(k, problem), Rows::kv(v, problem));
-    let length = k.length();
-    let aged = problem.powers(length, |row| length - 1 - row, k.like());
-    k.times(aged).outer(&v)
+/// The gradients without what comes from after each block.
+#[derive(Debug, Clone)]
+pub struct GradientsWithin {
+    blocks: Vec<Range<usize>>,
+    query: Vec<Tensor<4>>,
+    key: Vec<Tensor<4>>,
+    value: Vec<Tensor<4>>,
 }
 
-/// The gradient that a chunk's output gives the state before it: `Σ_i λ^{i+1} q_iᵀ dout_i`.
+/// The gradients without what comes from after each block.
 ///
 /// # Shapes
-/// - `q`: `[B, L, Hq, d]`, `dout`: `[B, L, Hq, dv]`
-/// - returns: `[B, Hq, d, dv]`, in f32 at least
+/// - `q`, `k`, `v`: as in [`within`]; `dout`: `[B, L, Hq, dv]`
+/// - `states`: of the forward pass
 ///
 /// # Cost
-/// `2·B·L·Hq·d·dv` operations.
-pub fn state_gradient(q: &Tensor<4>, dout: &Tensor<4>, problem: &Problem) -> Tensor<4> {
-    let (q, dout) = (Rows::query(q, problem.scale), Rows::query(dout, 1.0));
-    let reached = problem.powers(q.length(), |row| row + 1, q.like());
-    q.times(reached).outer(&dout)
-}
-
-/// The forward pass of a chunk before which there is nothing.
-///
-/// # Shapes
-/// - `q`: `[B, L, Hq, d]`, `k`: `[B, L, Hkv, d]`, `v`: `[B, L, Hkv, dv]`, untracked; any may be empty
-///
-/// # Cost
-/// `2·B·L·Hq·(32·(d + dv) + 2·d·dv)` operations: linear in the length. Memory: see [`Chunk`].
+/// `B·L·Hq·(384·d + 256·dv + 2·d·dv)` operations.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
-pub fn forward(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Chunk {
-    forward_in(BLOCK, q, k, v, problem)
+pub fn gradients_within(
+    [q, k, v]: [&Tensor<4>; 3],
+    states: &States,
+    dout: &Tensor<4>,
+    problem: &Problem,
+) -> GradientsWithin {
+    gradients_within_in(BLOCK, [q, k, v], states, dout, problem)
 }
 
-fn forward_in(
+fn gradients_within_in(
     block: usize,
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
+    [q, k, v]: [&Tensor<4>; 3],
+    states: &States,
+    dout: &Tensor<4>,
     problem: &Problem,
-) -> Chunk {
+) -> GradientsWithin {
     check(q, k, v, problem);
-    let dtype = q.dtype();
-    let (q, k, v) = (
+    let (q, k, v, dout) = (
         Rows::query(q, problem.scale),
         Rows::kv(k, problem),
         Rows::kv(v, problem),
+        Rows::query(dout, 1.0),
     );
-    let mut state = k.no_state(&v);
-    if q.x.shape().num_elements() == 0 {
-        return Chunk {
-            output: q.zeros_like(&v).swap_dims(1, 2).cast(dtype),
-            states: blocks(q.length(), block).map(|_| state.clone()).collect(),
-            last: state,
-        };
-    }
-    let (mut outputs, mut states) = (Vec::new(), Vec::new());
-    let mut tables: Option<Tables> = None;
-    for rows in blocks(q.length(), block) {
+    let blocks = blocks([&q, &v], block);
+    let (mut query, mut key, mut value) = (Vec::new(), Vec::new(), Vec::new());
+    let mut tables = None;
+    for (rows, state) in blocks.iter().zip(&states.met) {
         let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
-        let (q, k, v) = (q.part(&rows), k.part(&rows), v.part(&rows));
-        let weights = q.scores(&k) * tables.triangle.clone();
-        let within = v.weighted(weights);
-        let before = q.times(tables.reached.clone()).through(&state);
-        outputs.push(within + before);
-        let after = k.times(tables.aged.clone()).outer(&v) + state.clone() * tables.whole.clone();
-        states.push(std::mem::replace(&mut state, after));
+        let parts = [&q, &k, &v, &dout].map(|x| x.part(rows));
+        let [dq, dk, dv] = gradients_before(parts, state, tables, problem);
+        query.push(dq);
+        key.push(dk);
+        value.push(dv);
     }
-    Chunk {
-        output: joined(outputs, dtype),
-        last: state,
-        states,
+    GradientsWithin {
+        blocks,
+        query,
+        key,
+        value,
     }
 }
 
-impl Chunk {
-    /// Adds what the state before the chunk contributes.
+impl GradientsWithin {
+    /// The gradients, with what the gradients of the states after the blocks contribute to them.
     ///
     /// # Shapes
-    /// - `state`: `[B, Hq, d, dv]`; `q` as in [`forward`]
+    /// - `q`, `k`, `v`: as in [`within`]
     ///
     /// # Cost
-    /// `2·B·L·Hq·d·dv` operations.
-    pub fn receive(&mut self, state: &Tensor<4>, q: &Tensor<4>, problem: &Problem) {
-        self.receive_in(BLOCK, state, q, problem);
-    }
-
-    fn receive_in(&mut self, block: usize, state: &Tensor<4>, q: &Tensor<4>, problem: &Problem) {
-        let dtype = self.output.dtype();
-        let q = Rows::query(q, problem.scale);
-        if state.shape().num_elements() == 0 {
-            return;
+    /// `4·B·L·Hq·d·dv` operations.
+    pub fn gradients(
+        self,
+        [q, k, v]: [&Tensor<4>; 3],
+        after: &States,
+        problem: &Problem,
+    ) -> Gradients {
+        let shapes = [q, k, v].map(Tensor::dims);
+        let like = (&q.device(), q.dtype());
+        let (k, v) = (Rows::kv(k, problem), Rows::kv(v, problem));
+        let (mut keys, mut values, mut tables) = (Vec::new(), Vec::new(), None);
+        let within = self.key.into_iter().zip(self.value);
+        for ((rows, state), (dk, dv)) in self.blocks.iter().zip(&after.met).zip(within) {
+            let tables = Tables::of(&mut tables, problem, rows.len(), k.like());
+            let [dk, dv] = gradients_after([&k, &v].map(|x| x.part(rows)), state, tables, [dk, dv]);
+            keys.push(of_kv_heads(dk, problem));
+            values.push(of_kv_heads(dv, problem));
         }
-        let length = q.length();
-        let passing = |length| problem.passing(length, q.like());
-        self.last = self.last.clone() + state.clone() * passing(length);
-        for (rows, kept) in blocks(length, block).zip(&mut self.states) {
-            *kept = kept.clone() + state.clone() * passing(rows.start);
-        }
-        if self.output.shape().num_elements() > 0 {
-            let reached = problem.powers(length, |row| row + 1, q.like());
-            let more = q.times(reached).through(state).swap_dims(1, 2);
-            self.output = (self.output.clone().cast(more.dtype()) + more).cast(dtype);
+        let [query, key, value] = shapes;
+        Gradients {
+            query: joined(self.query, query, like),
+            key: joined(keys, key, like),
+            value: joined(values, value, like),
         }
     }
 }
@@ -247,115 +433,87 @@ impl Chunk {
 ///
 /// # Shapes
 /// - `q`, `k`, `v`: as in [`forward`]; `dout`: `[B, L, Hq, dv]`
+/// - `states`: of the forward pass
 ///
 /// # Cost
-/// Two and a half times the forward's operations.
+/// Two to two and a half times the forward's operations.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
 pub fn backward(
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
-    chunk: &Chunk,
+    qkv: [&Tensor<4>; 3],
+    states: &States,
     dout: &Tensor<4>,
     problem: &Problem,
 ) -> Gradients {
-    backward_in(BLOCK, q, k, v, chunk, dout, problem)
-}
-
-fn backward_in(
-    block: usize,
-    q: &Tensor<4>,
-    k: &Tensor<4>,
-    v: &Tensor<4>,
-    chunk: &Chunk,
-    dout: &Tensor<4>,
-    problem: &Problem,
-) -> Gradients {
+    let [q, k, v] = qkv;
     check(q, k, v, problem);
-    let (given, dtype) = ([q, k, v], q.dtype());
-    let (q, k, v) = (
+    let after = state_gradients(q, dout, problem);
+    let shapes = qkv.map(Tensor::dims);
+    let like = (&q.device(), q.dtype());
+    let (q, k, v, dout) = (
         Rows::query(q, problem.scale),
         Rows::kv(k, problem),
         Rows::kv(v, problem),
+        Rows::query(dout, 1.0),
     );
-    let dout = Rows::query(dout, 1.0);
-    if q.x.shape().num_elements() == 0 {
-        let zeros = |x: &Tensor<4>| Tensor::zeros(x.dims(), (&x.device(), dtype));
-        return Gradients {
-            query: zeros(given[0]),
-            key: zeros(given[1]),
-            value: zeros(given[2]),
-        };
-    }
-    // The gradient of the state after the block at hand.
-    let mut after = k.no_state(&v);
-    let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
-    let mut tables: Option<Tables> = None;
-    let ranges: Vec<Range<usize>> = blocks(q.length(), block).collect();
-    for (rows, state) in ranges.into_iter().zip(&chunk.states).rev() {
+    let mut gradients = [const { Vec::new() }; 3];
+    let mut tables = None;
+    // Both parts of a block at once: what is at hand is not fetched again.
+    let met = states.met.iter().zip(&after.met);
+    for (rows, (before, after)) in blocks([&q, &v], BLOCK).iter().zip(met) {
         let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
-        let (q, k, v, dout) = (
-            q.part(&rows),
-            k.part(&rows),
-            v.part(&rows),
-            dout.part(&rows),
-        );
-        let weights = q.scores(&k) * tables.triangle.clone();
-        let dweights = dout.scores(&v) * tables.triangle.clone();
-        let through_state = dout.back_through(state) * tables.reached.clone();
-        dq.push((k.weighted(dweights.clone()) + through_state).mul_scalar(problem.scale));
-        let into_state = v.back_through(&after) * tables.aged.clone();
-        dk.push(q.weighted(dweights.swap_dims(2, 3)) + into_state);
-        let into_state = k.times(tables.aged.clone()).through(&after);
-        dv.push(dout.weighted(weights.swap_dims(2, 3)) + into_state);
-        after = q.times(tables.reached.clone()).outer(&dout) + after * tables.whole.clone();
+        let [q, k, v, dout] = [&q, &k, &v, &dout].map(|x| x.part(rows));
+        let parts = [q, k.clone(), v.clone(), dout];
+        let [dq, dk, dv] = gradients_before(parts, before, tables, problem);
+        let [dk, dv] = gradients_after([k, v], after, tables, [dk, dv]);
+        let block = [dq, of_kv_heads(dk, problem), of_kv_heads(dv, problem)];
+        for (gradients, block) in gradients.iter_mut().zip(block) {
+            gradients.push(block);
+        }
     }
-    for parts in [&mut dq, &mut dk, &mut dv] {
-        parts.reverse();
-    }
+    let [query, key, value] = gradients;
     Gradients {
-        query: joined(dq, dtype),
-        key: joined(summed(dk, problem), dtype),
-        value: joined(summed(dv, problem), dtype),
+        query: joined(query, shapes[0], like),
+        key: joined(key, shapes[1], like),
+        value: joined(value, shapes[2], like),
     }
 }
 
-impl Gradients {
-    /// Adds what the gradient of the state after the chunk contributes.
-    ///
-    /// # Shapes
-    /// - `gradient`: `[B, Hq, d, dv]`; `k`, `v` as in [`forward`]
-    ///
-    /// # Cost
-    /// `4·B·L·Hq·d·dv` operations.
-    pub fn receive(
-        &mut self,
-        gradient: &Tensor<4>,
-        k: &Tensor<4>,
-        v: &Tensor<4>,
-        problem: &Problem,
-    ) {
-        if self.key.shape().num_elements() * self.value.shape().num_elements() == 0 {
-            return;
-        }
-        let dtype = self.key.dtype();
-        let (k, v) = (Rows::kv(k, problem), Rows::kv(v, problem));
-        let length = k.length();
-        let aged = problem.powers(length, |row| length - 1 - row, k.like());
-        let add = |sum: &mut Tensor<4>, more: Tensor<4>| {
-            let more = summed(vec![more], problem).swap_remove(0).swap_dims(1, 2);
-            *sum = (sum.clone().cast(more.dtype()) + more).cast(dtype);
-        };
-        add(&mut self.key, v.back_through(gradient) * aged.clone());
-        add(&mut self.value, k.times(aged).through(gradient));
-    }
+/// The gradients of a block's query, key and value, for each query head: all from its rows and the state before it.
+fn gradients_before(
+    [q, k, v, dout]: [Tensor<4>; 4],
+    state: &Tensor<4>,
+    tables: &Tables,
+    problem: &Problem,
+) -> [Tensor<4>; 3] {
+    let weights = scores(q.clone(), k.clone()) * tables.triangle.clone();
+    let dweights = scores(dout.clone(), v) * tables.triangle.clone();
+    let from_before = scores(dout.clone(), state.clone()) * tables.reached.clone();
+    let dq = dweights.clone().matmul(k) + from_before;
+    [
+        dq.mul_scalar(problem.scale),
+        outer(dweights, q),
+        outer(weights, dout),
+    ]
+}
+
+/// The gradients of a block's key and value, with what comes from the gradient of the state after it.
+fn gradients_after(
+    [k, v]: [Tensor<4>; 2],
+    state: &Tensor<4>,
+    tables: &Tables,
+    [dk, dv]: [Tensor<4>; 2],
+) -> [Tensor<4>; 2] {
+    [
+        dk + scores(v, state.clone()) * tables.aged.clone(),
+        dv + (k * tables.aged.clone()).matmul(state.clone()),
+    ]
 }
 
 /// Linear attention of all positions, with a gradient.
 ///
-/// The graph keeps `q`, `k`, `v` and the states of [`Chunk`].
+/// The graph keeps `q`, `k`, `v` and the [`States`].
 ///
 /// # Shapes
 /// As [`forward`]; returns `[B, L, Hq, dv]`.
@@ -365,10 +523,9 @@ impl Gradients {
 pub fn linear_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, problem: Problem) -> Tensor<4> {
     let inputs = [q, k, v];
     let [q, k, v] = inputs.clone().map(Tensor::inner);
-    let chunk = forward(&q, &k, &v, &problem);
-    let output = chunk.output.clone();
+    let Chunk { output, states } = forward(&q, &k, &v, &problem);
     vjp::attach3(inputs, output, move |dout| {
-        let gradients = backward(&q, &k, &v, &chunk, &dout, &problem);
+        let gradients = backward([&q, &k, &v], &states, &dout, &problem);
         Ok::<_, Infallible>([gradients.query, gradients.key, gradients.value])
     })
 }
@@ -407,136 +564,113 @@ impl Tables {
     }
 }
 
-/// Rows of queries, keys or values, one matrix for each sample and query head: `[B, Hq, L, ·]`, f32 at least.
+/// Queries, keys or values, of which a block at a time is brought into the form in which it is computed: one matrix for
+/// each sample and query head, in f32 at least.
 struct Rows {
+    /// `[B, H, L, ·]`, a view.
     x: Tensor<4>,
     device: Device,
+    /// The key-value head of each query head, unless it is its own.
+    heads: Option<Vec<usize>>,
+    scale: f64,
 }
 
 impl Rows {
-    fn new(x: Tensor<4>) -> Self {
-        let device = x.device();
-        Self { x, device }
-    }
-
     fn query(x: &Tensor<4>, scale: f64) -> Self {
-        let x = computed(x.clone()).swap_dims(1, 2);
-        Self::new(if scale == 1.0 { x } else { x.mul_scalar(scale) })
+        Self {
+            x: x.clone().swap_dims(1, 2),
+            device: x.device(),
+            heads: None,
+            scale,
+        }
     }
 
-    /// The head of each query head, repeated where several share it.
     fn kv(x: &Tensor<4>, problem: &Problem) -> Self {
-        let x = computed(x.clone()).swap_dims(1, 2);
         let heads = problem.kv_heads();
-        if x.shape().num_elements() == 0 {
-            let [batch, _, length, width] = x.dims();
-            let zeros = Tensor::zeros(
-                [batch, heads.len(), length, width],
-                (&x.device(), x.dtype()),
-            );
-            return Self::new(zeros);
+        Self {
+            heads: (!heads.iter().copied().eq(0..x.dims()[2])).then_some(heads),
+            ..Self::query(x, 1.0)
         }
-        if heads.iter().copied().eq(0..x.dims()[1]) {
-            return Self::new(x);
-        }
-        let repeated = heads.iter().map(|&head| x.clone().narrow(1, head, 1));
-        Self::new(Tensor::cat(repeated.collect(), 1))
     }
 
     fn like(&self) -> (&Device, DType) {
-        (&self.device, self.x.dtype())
+        let dtype = match self.x.dtype() {
+            DType::F64 => DType::F64,
+            _ => DType::F32,
+        };
+        (&self.device, dtype)
     }
 
     fn length(&self) -> usize {
         self.x.dims()[2]
     }
 
-    fn part(&self, rows: &Range<usize>) -> Self {
-        Self::new(self.x.clone().narrow(2, rows.start, rows.len()))
-    }
-
-    /// Each row times a number.
-    fn times(&self, numbers: Tensor<4>) -> Self {
-        Self::new(self.x.clone() * numbers)
-    }
-
-    /// `x otherᵀ`.
-    fn scores(&self, other: &Self) -> Tensor<4> {
-        self.x.clone().matmul(other.x.clone().swap_dims(2, 3))
-    }
-
-    /// `weights x`.
-    fn weighted(&self, weights: Tensor<4>) -> Tensor<4> {
-        weights.matmul(self.x.clone())
-    }
-
-    /// `x state`, of no row too.
-    fn through(&self, state: &Tensor<4>) -> Tensor<4> {
-        self.x.clone().matmul(state.clone())
-    }
-
-    /// `x stateᵀ`.
-    fn back_through(&self, state: &Tensor<4>) -> Tensor<4> {
-        self.x.clone().matmul(state.clone().swap_dims(2, 3))
-    }
-
-    /// `xᵀ other`: the sum over the rows of their outer products.
-    fn outer(&self, other: &Self) -> Tensor<4> {
-        let [.., rows, _] = self.x.dims();
-        if rows * self.x.shape().num_elements() == 0 {
-            return self.no_state(other);
+    /// Some of the rows, for each query head: `[B, Hq, rows, ·]`.
+    fn part(&self, rows: &Range<usize>) -> Tensor<4> {
+        let mut x = self.x.clone().narrow(2, rows.start, rows.len());
+        if let Some(heads) = &self.heads {
+            let repeated = heads.iter().map(|&head| x.clone().narrow(1, head, 1));
+            x = Tensor::cat(repeated.collect(), 1);
         }
-        self.x.clone().swap_dims(2, 3).matmul(other.x.clone())
+        x = x.cast(self.like().1);
+        if self.scale == 1.0 {
+            x
+        } else {
+            x.mul_scalar(self.scale)
+        }
     }
 
+    /// The state of no position: `[B, Hq, d, dv]`.
     fn no_state(&self, value: &Self) -> Tensor<4> {
         let [batch, heads, _, d] = self.x.dims();
+        let heads = self.heads.as_ref().map_or(heads, Vec::len);
         Tensor::zeros([batch, heads, d, value.x.dims()[3]], self.like())
     }
-
-    /// Zeros, as wide as `other`.
-    fn zeros_like(&self, other: &Self) -> Tensor<4> {
-        let [batch, heads, rows, _] = self.x.dims();
-        Tensor::zeros([batch, heads, rows, other.x.dims()[3]], self.like())
-    }
 }
 
-/// In the dtype in which it is computed.
-fn computed(x: Tensor<4>) -> Tensor<4> {
-    match x.dtype() {
-        DType::F64 | DType::F32 => x,
-        _ => x.cast(DType::F32),
-    }
+/// `a bᵀ`.
+fn scores(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
+    a.matmul(b.swap_dims(2, 3))
 }
 
-/// Blocks of rows end to end, as `[B, L, H, ·]`.
-fn joined(parts: Vec<Tensor<4>>, dtype: DType) -> Tensor<4> {
-    Tensor::cat(parts, 2).swap_dims(1, 2).cast(dtype)
+/// `aᵀ b`: the sum over the rows of their outer products.
+fn outer(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
+    a.swap_dims(2, 3).matmul(b)
+}
+
+/// Blocks of rows end to end, as `[B, L, H, ·]`: nothing, if there are none.
+fn joined(parts: Vec<Tensor<4>>, shape: [usize; 4], like: (&Device, DType)) -> Tensor<4> {
+    if parts.is_empty() {
+        return Tensor::zeros(shape, like);
+    }
+    Tensor::cat(parts, 2).swap_dims(1, 2).cast(like.1)
 }
 
 /// The query heads of each key-value head, summed.
-fn summed(parts: Vec<Tensor<4>>, problem: &Problem) -> Vec<Tensor<4>> {
+fn of_kv_heads(x: Tensor<4>, problem: &Problem) -> Tensor<4> {
     let heads = problem.kv_heads();
     let keys = problem.heads.kv().len();
     if heads.iter().copied().eq(0..keys) {
-        return parts;
+        return x;
     }
-    let sum = |x: Tensor<4>| {
-        let of_head = (0..keys).map(|key| {
-            let first = heads.iter().take_while(|&&head| head < key).count();
-            let count = heads.iter().filter(|&&head| head == key).count();
-            x.clone().narrow(1, first, count).sum_dim(1)
-        });
-        Tensor::cat(of_head.collect(), 1)
-    };
-    parts.into_iter().map(sum).collect()
+    let of_head = (0..keys).map(|key| {
+        let first = heads.iter().take_while(|&&head| head < key).count();
+        let count = heads.iter().filter(|&&head| head == key).count();
+        x.clone().narrow(1, first, count).sum_dim(1)
+    });
+    Tensor::cat(of_head.collect(), 1)
 }
 
-/// A length in blocks.
-fn blocks(length: usize, block: usize) -> impl Iterator<Item = Range<usize>> {
+/// The rows in blocks: none, if either tensor has no elements.
+fn blocks(x: [&Rows; 2], block: usize) -> Vec<Range<usize>> {
+    if x.iter().any(|x| x.x.shape().num_elements() == 0) {
+        return vec![];
+    }
+    let length = x[0].length();
     (0..length)
         .step_by(block)
-        .map(move |start| start..length.min(start + block))
+        .map(|start| start..length.min(start + block))
+        .collect()
 }
 
 fn check(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) {
@@ -668,25 +802,25 @@ mod tests {
             let mut before: Option<Tensor<4>> = None;
             let mut forwards = vec![];
             for [q, k, v, _] in &chunks {
-                let mut chunk = forward_in(block, q, k, v, problem);
-                assert!(difference(&chunk.last, &state(k, v, problem)) < 1e-12);
+                let mut states = states_in(block, k, v, problem);
                 if let Some(before) = before {
-                    chunk.receive_in(block, &before, q, problem);
+                    states.receive(&before, problem);
                 }
-                before = Some(chunk.last.clone());
-                forwards.push(chunk);
+                before = Some(states.last.clone());
+                let output = within_in(block, q, k, v, problem).output(q, &states, problem);
+                forwards.push(Chunk { output, states });
             }
             let mut after: Option<Tensor<4>> = None;
             let mut backwards = vec![];
             for ([q, k, v, dout], chunk) in chunks.iter().zip(&forwards).rev() {
-                let mut gradients = backward_in(block, q, k, v, chunk, dout, problem);
-                let mut own = state_gradient(q, dout, problem);
+                let mut gradients = state_gradients_in(block, q, dout, problem);
                 if let Some(after) = after {
-                    gradients.receive(&after, k, v, problem);
-                    own = own + after * problem.passing(q.dims()[1], (&device, DType::F64));
+                    gradients.receive(&after, problem);
                 }
-                after = Some(own);
-                backwards.push(gradients);
+                after = Some(gradients.last.clone());
+                let qkv = [q, k, v];
+                let within = gradients_within_in(block, qkv, &chunk.states, dout, problem);
+                backwards.push(within.gradients(qkv, &gradients, problem));
             }
             backwards.reverse();
             let cat = |parts: Vec<Tensor<4>>| Tensor::cat(parts, 1);
@@ -780,6 +914,39 @@ mod tests {
     }
 
     #[test]
+    fn half_precision_has_states_in_f32_and_results_in_its_own_dtype() {
+        let problem = Problem {
+            heads: HeadRange {
+                query: 0..2,
+                group: 2,
+            },
+            decay: vec![0.9, 1.0].into(),
+            scale: 0.5,
+        };
+        let device = Device::flex();
+        let of = |dtype: DType| {
+            // What bf16 can hold, so that both compute with the same numbers.
+            let of = |heads, seed| {
+                let x = random([1, 5, heads, 3], seed, (&device, DType::F32));
+                x.cast(DType::BF16).cast(dtype)
+            };
+            let (q, k, v, dout) = (of(2, 1), of(1, 2), of(1, 3), of(2, 4));
+            let chunk = forward(&q, &k, &v, &problem);
+            let gradients = backward([&q, &k, &v], &chunk.states, &dout, &problem);
+            let Gradients { query, key, value } = gradients;
+            (chunk.states.last, [chunk.output, query, key, value])
+        };
+        let ((state, half), (expected, single)) = (of(DType::BF16), of(DType::F32));
+        assert_eq!(state.dtype(), DType::F32);
+        assert_eq!(difference(&state, &expected), 0.0);
+        for (half, single) in half.into_iter().zip(single) {
+            assert_eq!(half.dtype(), DType::BF16);
+            // Rounded once, at the end.
+            assert_eq!(difference(&half, &single.cast(DType::BF16)), 0.0);
+        }
+    }
+
+    #[test]
     fn nothing_of_any_kind_has_results_without_elements() {
         for [batch, length, heads] in [[0, 3, 2], [2, 0, 2], [2, 3, 0]] {
             let problem = Problem {
@@ -793,23 +960,24 @@ mod tests {
             let device = Device::flex();
             let of = |width| random([batch, length, heads, width], 1, (&device, DType::F32));
             let (q, k, v, dout) = (of(3), of(3), of(4), of(4));
-            let mut chunk = forward(&q, &k, &v, &problem);
-            assert_eq!(chunk.output.dims(), [batch, length, heads, 4]);
+            let mut states = states(&k, &v, &problem);
             let before = Tensor::ones([batch, heads, 3, 4], (&device, DType::F32));
-            chunk.receive(&before, &q, &problem);
+            states.receive(&before, &problem);
+            let output = within(&q, &k, &v, &problem).output(&q, &states, &problem);
+            assert_eq!(output.dims(), [batch, length, heads, 4]);
+            let mut after = state_gradients(&q, &dout, &problem);
+            after.receive(&before, &problem);
             // What passes an empty chunk is what came.
             if length == 0 {
-                assert_eq!(difference(&chunk.last, &before), 0.0);
+                assert_eq!(difference(&states.last, &before), 0.0);
+                assert_eq!(difference(&after.last, &before), 0.0);
             }
-            let mut gradients = backward(&q, &k, &v, &chunk, &dout, &problem);
-            gradients.receive(&before, &k, &v, &problem);
+            let qkv = [&q, &k, &v];
+            let within = gradients_within(qkv, &states, &dout, &problem);
+            let gradients = within.gradients(qkv, &after, &problem);
             assert_eq!(gradients.query.dims(), q.dims());
             assert_eq!(gradients.key.dims(), k.dims());
             assert_eq!(gradients.value.dims(), v.dims());
-            assert_eq!(
-                state_gradient(&q, &dout, &problem).dims(),
-                [batch, heads, 3, 4]
-            );
         }
     }
 }

@@ -19,8 +19,11 @@ use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
 use dsp_core::Loss;
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic};
-use dsp_core::strategy::OutputLayout;
-use dsp_core::{Error, Group, Launch, LaunchError, SequenceParallel, Session, Shard, gradients};
+use dsp_core::strategy::{AttentionStage, OutputLayout, PlanError, StageKind};
+use dsp_core::{
+    AxisSet, Error, Group, Heads, Launch, LaunchError, Mask, ModelShape, SeqAxis, SequenceParallel,
+    Session, Shard, Stage, gradients,
+};
 use dsp_models::error::ModelError;
 use dsp_models::video_dit::{
     BlockKind, BlockPairs, ByFrame, Conditions, FrameMask, PatchOrder, Text, VideoConditions,
@@ -29,6 +32,26 @@ use dsp_models::video_dit::{
 use dsp_models::weights::named_gradients;
 use dsp_models::{BlockConfig, VideoDitConfig};
 use safetensors::{Dtype, SafeTensors};
+
+/// Every strategy, serial first, but those for another form of attention: those that refuse softmax attention over
+/// the only axis for its form. (That they are the right ones, the tests of the strategies say.)
+pub(crate) fn softmax_strategies() -> Vec<Arc<dyn SequenceParallel>> {
+    let axes = AxisSet::of(&[SeqAxis::FIRST]);
+    let attention = AttentionStage::softmax(axes, Heads::multi(2, 1), Mask::Full);
+    let model = ModelShape {
+        batch: 1,
+        lengths: vec![2],
+        hidden: 2,
+        stages: vec![Stage::new("attention", StageKind::Attention(attention))],
+        output: OutputLayout::AsInput,
+    };
+    let refuses = |strategy: &dyn SequenceParallel| {
+        matches!(strategy.plan(&model, 2), Err(PlanError::Form { .. }))
+    };
+    let mut strategies = dsp_strategies::all();
+    strategies.retain(|strategy| !refuses(&**strategy));
+    strategies
+}
 
 /// A value and its shape, whatever its element type was.
 #[derive(Debug, Clone, PartialEq)]
