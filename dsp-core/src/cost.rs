@@ -80,6 +80,19 @@ pub fn all_gather(
     }
 }
 
+/// The state of linear attention, `S` elements, handed on hop by hop (LASP): every rank but the last sends it
+/// forward, every one but the first sends its gradient backward.
+pub fn state_hops(state: usize, ranks: usize, rank: usize) -> Elements {
+    let sent = |sends: bool| if sends { elements(state) } else { 0 };
+    Elements::both(sent(rank + 1 < ranks), sent(rank > 0))
+}
+
+/// The states of linear attention, `S` elements a rank, gathered by all (LASP-2): `(N − 1)·S` each way.
+pub fn state_gather(state: usize, ranks: usize) -> Elements {
+    let sent = elements((ranks - 1) * state);
+    Elements::both(sent, sent)
+}
+
 /// An all-reduce of `count` elements, each way: its reduce-scatter and its all-gather over balanced chunks
 /// `p` send `(P − p_r) + (N − 1)·p_r`.
 pub fn all_reduce(count: usize, ranks: usize, rank: usize) -> Elements {

@@ -147,16 +147,37 @@ impl Partition {
     /// If `ranks` is 0.
     pub fn zigzag(length: usize, ranks: usize) -> Self {
         let counts = Self::balanced(length, ranks).counts();
-        let (mut front, mut back) = (0, length);
-        let blocks = counts
-            .iter()
-            .map(|&count| {
-                let (first, mirror) = (count.div_ceil(2), count / 2);
-                front += first;
-                back -= mirror;
-                vec![front - first..front, back..back + mirror]
-            })
-            .collect();
+        Self::trusted(length, mirrored(0..length, &counts))
+    }
+
+    /// The same within each of several documents that are packed into one length, so that causal attention inside
+    /// documents costs every rank alike. `ends` are where the documents end, ascending; what is left after the
+    /// last is one more.
+    ///
+    /// The positions that are left over where the ranks do not divide a document go to the ranks in turn, so that the
+    /// ranks' counts differ by at most one.
+    ///
+    /// # Panics
+    /// If `ranks` is 0, or the ends do not ascend within the length.
+    pub fn zigzag_documents(length: usize, ends: &[usize], ranks: usize) -> Self {
+        assert!(ranks > 0, "a partition needs at least one rank");
+        let mut blocks = vec![vec![]; ranks];
+        let (mut start, mut turn) = (0, 0);
+        for &end in ends.iter().chain(std::iter::once(&length)) {
+            assert!(
+                start <= end && end <= length,
+                "documents that end at {ends:?} do not lie in a length of {length}"
+            );
+            let (each, left) = ((end - start) / ranks, (end - start) % ranks);
+            let counts: Vec<usize> = (0..ranks)
+                .map(|rank| each + usize::from((rank + ranks - turn % ranks) % ranks < left))
+                .collect();
+            turn += left;
+            for (block, ranges) in blocks.iter_mut().zip(mirrored(start..end, &counts)) {
+                block.extend(ranges);
+            }
+            start = end;
+        }
         Self::trusted(length, blocks)
     }
 
@@ -196,6 +217,20 @@ impl Partition {
     }
 }
 
+/// For each count, its first half from the front of a range and its second half from the back, inwards.
+fn mirrored(range: Range<usize>, counts: &[usize]) -> Vec<Vec<Range<usize>>> {
+    let (mut front, mut back) = (range.start, range.end);
+    counts
+        .iter()
+        .map(|&count| {
+            let (first, mirror) = (count.div_ceil(2), count / 2);
+            front += first;
+            back -= mirror;
+            vec![front - first..front, back..back + mirror]
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,6 +245,36 @@ mod tests {
                 let counts = partition.counts();
                 prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn packed_documents_are_shared_out_evenly_in_positions_and_in_causal_work(
+            lengths in prop::collection::vec(0usize..40, 0..6),
+            tail in 0usize..5,
+            ranks in 1usize..7,
+        ) {
+            let mut end = 0;
+            let ends: Vec<usize> = lengths.iter().map(|length| { end += length; end }).collect();
+            let length = end + tail;
+            let partition = Partition::zigzag_documents(length, &ends, ranks);
+            let ranges = (0..ranks).map(|rank| partition.ranges(rank).to_vec()).collect();
+            prop_assert_eq!(Partition::new(length, ranges), Ok(partition.clone()));
+            let counts = partition.counts();
+            prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
+            // Pairs of a query and a key of its document that is not behind it.
+            let work = |rank: usize| -> usize {
+                let positions = partition.ranges(rank).iter().cloned().flatten();
+                positions.map(|position| {
+                    let start = ends.iter().copied().take_while(|&end| end <= position).last();
+                    position - start.unwrap_or(0) + 1
+                }).sum()
+            };
+            let work: Vec<usize> = (0..ranks).map(work).collect();
+            // A position more or less in each document, and halves that are not equal.
+            let bound: usize = lengths.iter().chain([&tail]).map(|length| 2 * length).sum();
+            prop_assert!(work.iter().max().unwrap() - work.iter().min().unwrap() <= bound);
         }
     }
 

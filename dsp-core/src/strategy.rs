@@ -86,6 +86,19 @@ impl AttentionStage {
         }
     }
 
+    /// How many sequences are attended: the batch times the positions of the axes that are not attended.
+    pub fn samples(&self, batch: usize, lengths: [usize; 3]) -> usize {
+        let beside = SeqAxis::ALL
+            .into_iter()
+            .filter(|&axis| !self.axes.contains(axis));
+        batch * beside.map(|axis| lengths[axis.index()]).product::<usize>()
+    }
+
+    /// The elements of linear attention's states: a matrix for each head of each sample.
+    pub fn state_elements(&self, batch: usize, lengths: [usize; 3]) -> usize {
+        self.samples(batch, lengths) * self.heads.query * self.heads.dim * self.heads.dim
+    }
+
     fn check(&self, stage: &str) -> Result<(), PlanError> {
         let Form::Linear { decay } = &self.form else {
             return Ok(());
@@ -282,6 +295,18 @@ pub enum PlanError {
         stage: String,
         /// The query heads.
         heads: usize,
+        /// The ranks.
+        ranks: usize,
+    },
+    /// A mesh whose rows the ranks do not fill.
+    #[error(
+        "{strategy} cannot form rows of {row} from {ranks} ranks: the first must divide the second"
+    )]
+    Mesh {
+        /// The strategy.
+        strategy: String,
+        /// The ranks of a row.
+        row: usize,
         /// The ranks.
         ranks: usize,
     },

@@ -16,6 +16,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use dsp_core::attention::linear::{self, linear_attention};
 use dsp_core::attention::{HeadRange, Mask, Problem, forward, merge, softmax_attention};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -159,4 +160,62 @@ fn merging_block_after_block_gives_yunchangs_states_and_the_whole_attention() {
             tolerance,
         );
     }
+}
+
+/// Holds linear attention to the tensors of a case: `[B, H, L, ·]`.
+fn assert_linear(fixture: &Fixture, case: &str, problem: &linear::Problem) {
+    for (dtype, tolerance) in TOLERANCES {
+        let load = |name: &str| fixture.rows_first::<4>(&format!("{case}.{name}"), dtype);
+        let inputs = ["q", "k", "v"].map(|name| load(name).autodiff().require_grad());
+        let [q, k, v] = inputs.clone();
+        let out = linear_attention(q, k, v, problem.clone());
+        let gradients = (out.clone() * load("dout").autodiff()).sum().backward();
+        let close = |name: &str, found: Tensor<4>| {
+            let what = format!("{case}.{name} {dtype:?}");
+            assert_close(&what, found, load(name), tolerance);
+        };
+        close("out", out.inner());
+        for (name, input) in ["dq", "dk", "dv"].into_iter().zip(inputs) {
+            close(name, input.grad(&gradients).unwrap());
+        }
+    }
+}
+
+#[test]
+fn linear_attention_with_decay_gives_lightning_attentions_outputs_states_and_gradients() {
+    let fixture = Fixture::open("linear_attention_decay.safetensors");
+    for case in ["alibi4", "alibi6", "fast", "zero", "mixed"] {
+        let slopes = fixture.tensor::<1>(&format!("{case}.slope"), DType::F64);
+        let slopes: Vec<f64> = slopes.into_data().iter::<f64>().collect();
+        let problem = linear::Problem {
+            heads: HeadRange {
+                query: 0..slopes.len(),
+                group: 1,
+            },
+            decay: slopes.iter().map(|slope| (-slope).exp()).collect(),
+            scale: 1.0,
+        };
+        assert_linear(&fixture, case, &problem);
+        for (dtype, tolerance) in TOLERANCES {
+            let load = |name: &str| fixture.rows_first::<4>(&format!("{case}.{name}"), dtype);
+            let state = linear::state(&load("k"), &load("v"), &problem);
+            let expected = fixture.tensor::<4>(&format!("{case}.final_state"), dtype);
+            assert_close(&format!("{case}.final_state"), state, expected, tolerance);
+        }
+    }
+}
+
+#[test]
+fn retention_gives_flash_linear_attentions_outputs_and_gradients() {
+    // Its other case, gated linear attention, has a decay for each token, which is another kind of attention.
+    let fixture = Fixture::open("linear_attention_fla.safetensors");
+    let problem = linear::Problem {
+        heads: HeadRange {
+            query: 0..4,
+            group: 1,
+        },
+        decay: (0..4).map(|head| 1.0 - 2f64.powi(-5 - head)).collect(),
+        scale: 0.25,
+    };
+    assert_linear(&fixture, "retention", &problem);
 }

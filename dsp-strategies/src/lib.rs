@@ -39,8 +39,12 @@ strategies! {
     serial::Serial,
     #[cfg(feature = "dsp")] dsp::Dsp,
     #[cfg(feature = "ulysses")] ulysses::Ulysses,
+    #[cfg(feature = "ring")] ring::Ring,
+    #[cfg(feature = "usp")] usp::Usp,
     #[cfg(feature = "megatron")] megatron::Megatron,
     #[cfg(feature = "lss")] lss::Lss,
+    #[cfg(feature = "lasp")] lasp::Lasp,
+    #[cfg(feature = "lasp2")] lasp2::Lasp2,
 }
 
 mod mixture;

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{
-    Case, Checkpointing, Sub, attend, cases, check, check_replicas, noise, run, values, whole,
+    Case, Checkpointing, Sub, attend, cases, check, check_replicas, linear_cases, noise, run,
+    values, whole,
 };
 use dsp_core::attention::Logsumexp;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Plan, StageKind};
@@ -17,6 +18,7 @@ use dsp_core::{
     AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
     launch,
 };
+use dsp_strategies::Usp;
 use proptest::prelude::*;
 
 /// What is left are f64's roundings, of sums in another order: about 1e-14 a layer.
@@ -31,7 +33,7 @@ fn right_refusal(strategy: &str, case: &Case, ranks: usize) -> Option<PlanError>
             .iter()
             .enumerate()
             .filter_map(|(index, sub)| match sub {
-                Sub::Attention(axes, _) => Some((format!("sub {index}"), axes)),
+                Sub::Attention(axes, _) | Sub::Linear(axes) => Some((format!("sub {index}"), axes)),
                 _ => None,
             })
     };
@@ -61,6 +63,23 @@ fn right_refusal(strategy: &str, case: &Case, ranks: usize) -> Option<PlanError>
                 stage: refusals.swap_remove(longest).0,
                 heads: case.heads.0,
                 ranks,
+            })
+        }
+        // They run softmax attention where it is local: along an axis that is not split.
+        "lasp" | "lasp2" if ranks > 1 => {
+            let axes = 0..case.lengths.len();
+            let first = |axis: usize| attentions().find(|(_, axes)| axes.contains(&axis));
+            let refusals: Option<Vec<_>> = axes.clone().map(first).collect();
+            let longest = axes.max_by_key(|&axis| (case.lengths[axis], usize::MAX - axis))?;
+            refusals.map(|mut refusals| PlanError::Form {
+                strategy: name,
+                stage: refusals.swap_remove(longest).0,
+                rule: match strategy {
+                    "lasp" => "it hands on the state of linear attention, and softmax attention has none; mix it with \
+                               a strategy for that, as in lasp+ring",
+                    _ => "it gathers the states of linear attention, and softmax attention has none; mix it with a \
+                          strategy for that, as in lasp2+ring",
+                },
             })
         }
         _ => None,
@@ -118,19 +137,22 @@ proptest! {
 
     #[test]
     fn replicas_of_every_strategy_give_the_serial_gradients_of_all_samples(
-        case in (1usize..=3).prop_flat_map(cases),
+        case in (1usize..=3).prop_flat_map(|axes| prop_oneof![cases(axes), linear_cases(axes)]),
         ranks in 1usize..=3,
     ) {
         // A replica has a sample at least.
         prop_assume!(case.batch == 2);
         for strategy in dsp_strategies::all() {
             let outcome = check_replicas(&strategy, &case, (ranks, 2), F64)?;
-            assert_refusal_is_right(strategy.name(), &case, ranks, outcome.err().as_ref())?;
+            prop_assert_eq!(outcome.is_err(), strategy.plan(&case.shape(), ranks).is_err());
         }
     }
 
     #[test]
-    fn two_runs_give_the_same_bits(case in (1usize..=3).prop_flat_map(cases), ranks in 2usize..=5) {
+    fn two_runs_give_the_same_bits(
+        case in (1usize..=3).prop_flat_map(|axes| prop_oneof![cases(axes), linear_cases(axes)]),
+        ranks in 2usize..=5,
+    ) {
         for strategy in dsp_strategies::all() {
             let once = || run(&strategy, &case, ranks, DType::F32).map(|seen| whole(&seen));
             if let (Ok(first), Ok(second)) = (once(), once()) {
@@ -139,6 +161,102 @@ proptest! {
                     prop_assert_eq!(bits(values), bits(&second[name]), "{} {}", strategy.name(), name);
                 }
             }
+        }
+    }
+}
+
+/// Whether a strategy may refuse a model with linear attentions. Those that compute one form only refuse the other
+/// where no axis is left that only their own attends; others as for softmax.
+fn may_refuse_forms(strategy: &str, case: &Case) -> bool {
+    let refuses = |sub: &Sub, axis: usize| match (strategy, sub) {
+        ("lasp" | "lasp2", Sub::Attention(axes, _)) => axes.contains(&axis),
+        // A state runs through positions in order: of a joint attention, the outermost axis must be split.
+        ("lasp" | "lasp2", Sub::Linear(axes)) => axes.contains(&axis) && axes[0] != axis,
+        ("lss" | "ring" | "usp", Sub::Linear(axes)) => axes.contains(&axis),
+        _ => false,
+    };
+    let mut axes = 0..case.lengths.len();
+    axes.all(|axis| case.subs.iter().any(|sub| refuses(sub, axis)))
+}
+
+fn check_forms(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    ranks: usize,
+    dtype: DType,
+    tolerance: f64,
+) -> Result<(), TestCaseError> {
+    let outcome = check(strategy, case, ranks, dtype, tolerance)?;
+    let refusal = outcome.err();
+    match &refusal {
+        Some(PlanError::Form { .. } | PlanError::Residual { .. }) => {
+            prop_assert!(may_refuse_forms(strategy.name(), case), "{refusal:?}");
+        }
+        _ => {
+            let one_form = ["lasp", "lasp2", "lss", "ring", "usp"].contains(&strategy.name());
+            if !one_form {
+                assert_refusal_is_right(strategy.name(), case, ranks, refusal.as_ref())?;
+            } else {
+                prop_assert_eq!(refusal, None);
+            }
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn linear_attention_gives_the_serial_results_in_f64(
+        case in (1usize..=3).prop_flat_map(linear_cases),
+        ranks in 1usize..=5,
+    ) {
+        for strategy in dsp_strategies::all() {
+            check_forms(&strategy, &case, ranks, DType::F64, F64)?;
+        }
+    }
+
+    #[test]
+    fn linear_attention_gives_the_serial_results_in_f32(
+        case in (1usize..=3).prop_flat_map(linear_cases),
+        ranks in 1usize..=5,
+    ) {
+        for strategy in dsp_strategies::all() {
+            check_forms(&strategy, &case, ranks, DType::F32, F32)?;
+        }
+    }
+
+    #[test]
+    fn a_hybrids_softmax_and_linear_layers_run_with_a_strategy_each(
+        case in linear_cases(1),
+        ranks in 1usize..=5,
+    ) {
+        for name in ["lasp2+lss", "lasp+ulysses", "lss+lasp2", "lasp+megatron"] {
+            let mixture = dsp_strategies::by_name(name).unwrap();
+            let outcome = check(&mixture, &case, ranks, DType::F64, F64)?;
+            let refuses = name == "lasp+ulysses" && case.heads.0 < ranks;
+            prop_assert!(outcome.is_ok() || refuses, "{}: {:?}", name, outcome);
+        }
+    }
+}
+
+#[test]
+fn linear_attention_runs_under_lasp_on_chunks_that_are_uneven_or_empty() {
+    for (length, ranks) in [(1, 4), (3, 5), (7, 3), (130, 2), (11, 4)] {
+        let mut case = model(
+            &[length],
+            (4, 2),
+            vec![Sub::Linear(vec![0]), Sub::Mlp, Sub::Linear(vec![0])],
+        );
+        case.batch = 1;
+        for name in ["lasp", "lasp2", "ulysses", "megatron"] {
+            let strategy = dsp_strategies::by_name(name).unwrap();
+            let outcome = check(&strategy, &case, ranks, DType::F64, F64).unwrap();
+            assert!(
+                outcome.is_ok() || (name == "ulysses" && ranks > 4),
+                "{name}: {outcome:?}"
+            );
         }
     }
 }
@@ -174,6 +292,27 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn every_mesh_of_usp_gives_the_serial_results(
+        case in (1usize..=3).prop_flat_map(cases),
+        (row, rows) in prop::sample::select(vec![
+            (1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1), (2, 3), (3, 2), (6, 1), (1, 6),
+        ]),
+    ) {
+        let ranks = row * rows;
+        let usp: Arc<dyn SequenceParallel> = Arc::new(Usp::with_rows_of(row.try_into().unwrap()));
+        let outcome = check(&usp, &case, ranks, DType::F64, F64)?;
+        match outcome {
+            Ok(()) => (),
+            Err(PlanError::Heads { heads, ranks, .. }) => prop_assert!(heads < ranks && ranks == row),
+            Err(refusal) => prop_assert!(false, "{refusal}"),
+        }
+    }
+}
+
 #[test]
 fn a_mixtures_second_part_runs_what_the_first_cannot() {
     let mixture = dsp_strategies::by_name("dsp+ulysses").unwrap();
@@ -203,7 +342,8 @@ fn model(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
 fn assert_runs_everywhere(case: &Case) {
     for ranks in 2..=5 {
         for strategy in dsp_strategies::all() {
-            if strategy.name() != "serial" {
+            // LASP is for linear attention.
+            if !["serial", "lasp", "lasp2"].contains(&strategy.name()) {
                 check(&strategy, case, ranks, DType::F64, F64)
                     .unwrap()
                     .unwrap();

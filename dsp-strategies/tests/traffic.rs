@@ -14,8 +14,8 @@ use common::{
 };
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::OutputLayout;
-use dsp_core::{Partition, SeqAxis, SequenceParallel};
-use dsp_strategies::{Dsp, Lss, Megatron, Ulysses};
+use dsp_core::{Mask, Partition, SeqAxis, SequenceParallel};
+use dsp_strategies::{Dsp, Lasp, Lasp2, Lss, Megatron, Ring, Ulysses, Usp};
 use proptest::prelude::*;
 
 fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
@@ -171,6 +171,32 @@ proptest! {
     }
 
     #[test]
+    fn a_ring_sends_all_blocks_but_the_next_ranks_and_gradients_of_all_but_its_own(
+        length in 1usize..9,
+        (query, key_value) in prop::sample::select(vec![(5usize, 5usize), (6, 2), (5, 1)]),
+        causal in any::<bool>(),
+        ranks in 1usize..=5,
+    ) {
+        let mut case = one_attention(length, (query, key_value));
+        let sequence = if causal {
+            case.subs = vec![Sub::Attention(vec![0], Mask::Causal)];
+            Partition::zigzag(length, ranks)
+        } else {
+            Partition::balanced(length, ranks)
+        };
+        // Every rank sees something of every block that is not empty: all go round.
+        prop_assume!(length >= 2 * ranks);
+        for (rank, seen) in observe(Ring, &case, ranks).iter().enumerate() {
+            let (own, next) = (sequence.count(rank), sequence.count((rank + 1) % ranks));
+            let unit = case.batch * 2 * key_value * HEAD;
+            let there = if ranks > 1 { unit * (length - next) } else { 0 };
+            let back = if ranks > 1 { there + unit * (length - own) } else { 0 };
+            prop_assert_eq!(seen.step.phase(Phase::Forward).elements, there as u64);
+            prop_assert_eq!(seen.step.phase(Phase::Backward).elements, back as u64);
+        }
+    }
+
+    #[test]
     fn megatron_gathers_before_and_scatters_after_each_sub_layer(
         length in 1usize..8,
         ranks in 1usize..=5,
@@ -183,6 +209,59 @@ proptest! {
             let each = case.batch * HIDDEN * ((ranks - 1) * own + (length - own));
             for phase in [Phase::Forward, Phase::Backward] {
                 prop_assert_eq!(seen.step.phase(phase).elements, 3 * each as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn linear_attentions_state_is_all_that_lasp_and_lasp2_send_whatever_the_length() {
+    for (length, ranks) in [(1, 3), (7, 4), (64, 4), (5, 1)] {
+        let case = Case {
+            subs: vec![Sub::Linear(vec![0])],
+            ..one_attention(length, (4, 2))
+        };
+        let state = case.batch * 4 * HEAD * HEAD;
+        for (rank, seen) in observe(Lasp, &case, ranks).iter().enumerate() {
+            let (forward, backward) = (
+                seen.step.phase(Phase::Forward),
+                seen.step.phase(Phase::Backward),
+            );
+            let last = rank + 1 == ranks;
+            assert_eq!(forward.elements, if last { 0 } else { state as u64 });
+            assert_eq!(backward.elements, if rank == 0 { 0 } else { state as u64 });
+        }
+        for seen in observe(Lasp2, &case, ranks) {
+            for phase in [Phase::Forward, Phase::Backward] {
+                assert_eq!(
+                    seen.step.phase(phase).elements,
+                    ((ranks - 1) * state) as u64
+                );
+                assert_eq!(seen.step.phase(phase).calls, u64::from(ranks > 1));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_even_usp_mesh_sends_ulysses_share_in_rows_and_the_rings_across() {
+    let length = 24;
+    for (query, key_value) in [(4, 4), (4, 2), (4, 1)] {
+        let case = one_attention(length, (query, key_value));
+        for (row, rows) in [(1, 4), (2, 2), (4, 1), (2, 3)] {
+            let ranks = row * rows;
+            let activation = case.batch * length * query * HEAD;
+            // (M/N)·[(2+2g)(u−1)/u + 2g(r−1)] with g = max(Hkv, u)/Hq, in whole numbers.
+            let held = key_value.max(row);
+            let traded = (2 * query + 2 * held) * (row - 1) * activation / (query * row * ranks);
+            let rung = 2 * held * (rows - 1) * activation / (query * ranks);
+            for seen in observe(Usp::with_rows_of(row.try_into().unwrap()), &case, ranks) {
+                let forward = seen.step.phase(Phase::Forward).elements;
+                assert_eq!(
+                    forward,
+                    (traded + rung) as u64,
+                    "{row}×{rows}, {query} heads, {key_value} of keys"
+                );
             }
         }
     }
@@ -358,7 +437,7 @@ fn check_cheapest(case: &Case, ranks: usize) -> Result<(), TestCaseError> {
     let least = choices
         .filter(|choice| {
             choice.iter().zip(&case.subs).all(|(axis, sub)| match sub {
-                Sub::Attention(attended, _) => !attended.contains(axis),
+                Sub::Attention(attended, _) | Sub::Linear(attended) => !attended.contains(axis),
                 Sub::Text | Sub::Mlp => true,
             })
         })

@@ -24,8 +24,11 @@
 //! Sources: FlashAttention-2 (arXiv:2307.08691) for the blocks and the backward, Ring Attention
 //! (arXiv:2310.01889) for the merge, grouped-query attention (arXiv:2305.13245).
 
+pub mod chunks;
+pub mod heads;
 mod kernel;
 pub mod linear;
+pub mod ring;
 mod shard;
 mod softmax;
 
@@ -35,7 +38,7 @@ use std::sync::Arc;
 pub use kernel::{Kept, Kernel};
 pub use shard::{
     Attended, Fold, Heads, HeldAttention, Logsumexp, attend_held, attend_local, check_heads,
-    cross_attention, positions,
+    cross_attention, positions, positions_in,
 };
 pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attention};
 

@@ -319,10 +319,19 @@ fn nonempty(range: Range<usize>) -> Vec<Range<usize>> {
 
 /// The global positions of a rank's rows in the attended axes, row by row, the axes' last varying fastest.
 pub fn positions(layout: &Layout, axes: AxisSet, rank: usize) -> Vec<Range<usize>> {
+    positions_in(layout.lengths(), axes, |axis| layout.ranges(axis, rank))
+}
+
+/// The same of any ranges of the axes, whose global lengths are `lengths`.
+pub fn positions_in(
+    lengths: [usize; 3],
+    axes: AxisSet,
+    ranges: impl Fn(SeqAxis) -> Vec<Range<usize>>,
+) -> Vec<Range<usize>> {
     let mut found: Vec<Range<usize>> = std::iter::once(0..1).collect();
     for axis in axes.iter() {
-        let length = layout.length(axis);
-        let ranges = layout.ranges(axis, rank);
+        let length = lengths[axis.index()];
+        let ranges = ranges(axis);
         let outer = found.into_iter().flatten();
         let mut next: Vec<Range<usize>> = Vec::new();
         for position in outer {

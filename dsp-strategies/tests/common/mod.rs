@@ -32,6 +32,8 @@ use proptest::prelude::*;
 pub(crate) enum Sub {
     /// Self-attention over some axes jointly, by number.
     Attention(Vec<usize>, Mask),
+    /// Linear self-attention over some axes jointly, whose heads decay each in its own way.
+    Linear(Vec<usize>),
     /// Attention to the text.
     Text,
     /// An MLP.
@@ -89,6 +91,13 @@ impl Case {
                     let axes: Vec<_> = axes.iter().map(|&axis| SeqAxis::ALL[axis]).collect();
                     let axes = AxisSet::of(&axes);
                     StageKind::Attention(AttentionStage::softmax(axes, heads, mask.clone()))
+                }
+                Sub::Linear(axes) => {
+                    let axes: Vec<_> = axes.iter().map(|&axis| SeqAxis::ALL[axis]).collect();
+                    let decay =
+                        (0..heads.query).map(|head| 1.0 - 0.3 * head as f64 / heads.query as f64);
+                    let axes = AxisSet::of(&axes);
+                    StageKind::Attention(AttentionStage::linear(axes, heads, decay.collect()))
                 }
                 Sub::Text => StageKind::CrossAttention { heads },
                 Sub::Mlp => StageKind::FeedForward { inner: INNER },
@@ -210,7 +219,7 @@ impl Model {
             let (query, key) = (case.heads.0 * HEAD, case.heads.1 * HEAD);
             let widths = match sub {
                 Sub::Mlp => vec![INNER],
-                Sub::Attention(..) | Sub::Text => vec![query, key, key],
+                Sub::Attention(..) | Sub::Linear(_) | Sub::Text => vec![query, key, key],
             };
             let mut matrix =
                 |rows, columns| Param::from_tensor(random([rows, columns], next(), dtype));
@@ -243,14 +252,14 @@ impl Model {
         let mut stages = session.stages();
         for (layer, sub) in self.layers.iter().zip(&case.subs) {
             let stage = match sub {
-                Sub::Attention(..) => stages.attention()?,
+                Sub::Attention(..) | Sub::Linear(_) => stages.attention()?,
                 Sub::Text => stages.cross_attention()?,
                 Sub::Mlp => stages.feed_forward()?,
             };
             x = stage.arrange(x)?;
             let h = stage.enter(x.clone().map(|x| layer.norm(x))?)?;
             let inner = match sub {
-                Sub::Attention(..) => {
+                Sub::Attention(..) | Sub::Linear(_) => {
                     let q = h.clone().map(|h| layer.input(0, h))?;
                     let k = h.clone().map(|h| layer.input(1, h))?;
                     let v = h.map(|h| layer.input(2, h))?;
@@ -685,16 +694,38 @@ fn masks(batch: usize) -> impl Strategy<Value = Mask> {
 
 /// An attention over any non-empty set of the axes, most often one.
 fn attentions(axes: usize, batch: usize) -> impl Strategy<Value = Sub> {
-    let sets = prop_oneof![
+    let sets = axis_sets(axes);
+    (sets, masks(batch)).prop_map(|(axes, mask)| Sub::Attention(axes, mask))
+}
+
+fn axis_sets(axes: usize) -> impl Strategy<Value = Vec<usize>> {
+    prop_oneof![
         3 => (0..axes).prop_map(|axis| vec![axis]),
         1 => (1usize..1 << axes).prop_map(move |bits| (0..axes).filter(|axis| bits >> axis & 1 == 1).collect()),
-    ];
-    (sets, masks(batch)).prop_map(|(axes, mask)| Sub::Attention(axes, mask))
+    ]
 }
 
 /// Models of the given number of axes: lengths below the ranks too, heads that the ranks do not divide, fewer
 /// key-value heads than ranks, any order of sub-layers.
 pub(crate) fn cases(axes: usize) -> impl Strategy<Value = Case> {
+    cases_of(axes, |axes, batch| attentions(axes, batch).boxed())
+}
+
+/// The same with linear attentions, and with both kinds.
+pub(crate) fn linear_cases(axes: usize) -> impl Strategy<Value = Case> {
+    prop_oneof![
+        2 => cases_of(axes, |axes, _| axis_sets(axes).prop_map(Sub::Linear).boxed()),
+        1 => cases_of(axes, |axes, batch| prop_oneof![
+            axis_sets(axes).prop_map(Sub::Linear),
+            attentions(axes, batch),
+        ].boxed()),
+    ]
+}
+
+fn cases_of(
+    axes: usize,
+    attentions: fn(usize, usize) -> BoxedStrategy<Sub>,
+) -> impl Strategy<Value = Case> {
     let heads = [
         (1, 1),
         (2, 2),

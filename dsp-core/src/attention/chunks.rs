@@ -1,0 +1,141 @@
+//! Linear attention over an axis that is split in contiguous chunks: each rank computes its own, and what comes from
+//! the others is one state.
+//!
+//! ```text
+//!   forward     own state  M = Σ λ^{e−1−i} k_iᵀ v_i  ── relay ──▶  state before the chunk   P = Σ λ^{b−e_s} M_s
+//!   backward    its gradient D = Σ λ^{i−b+1} q_iᵀ do_i ── relay ──▶  gradient after the chunk G = Σ λ^{b_t−e} D_t
+//! ```
+//!
+//! How states get from rank to rank is the strategy's: a [`Relay`]. While they are on their way the rank computes its
+//! chunk as if there were none.
+
+use burn::tensor::Tensor;
+
+use super::linear;
+use super::shard::{Attended, Fold, positions};
+use crate::collective::tracking;
+use crate::error::{CommError, Error, Tracking};
+use crate::layout::{AxisSet, Layout, Shard};
+use crate::strategy::{AttentionScope, Form};
+use crate::vjp;
+
+/// Which way states go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From earlier positions to later ones.
+    Forward,
+    /// From later positions to earlier ones: the gradients.
+    Backward,
+}
+
+/// How a strategy brings the ranks' states together.
+pub trait Relay: Send + Sync + 'static {
+    /// What is under way.
+    type Started;
+
+    /// Hands over this rank's own state, `[samples, Hq, d, dv]`.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    fn start(&self, own: Tensor<4>, direction: Direction) -> Result<Self::Started, CommError>;
+
+    /// The state at this rank's edge that all chunks on the far side make together, as it arrives here.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    fn finish(&self, started: Self::Started) -> Result<Tensor<4>, CommError>;
+}
+
+/// What a relay must know of the attention: how states age on their way.
+#[derive(Debug, Clone)]
+pub struct Chunks {
+    /// The decays.
+    pub problem: linear::Problem,
+    /// How many positions of the attended axes each rank has.
+    pub lengths: Vec<usize>,
+    /// Whether a backward pass will answer.
+    pub tracking: Tracking,
+}
+
+/// Whether the ranks' rows of an attention over `axes` are contiguous and in rank order, as linear attention in
+/// chunks needs them.
+pub fn in_rank_order(layout: &Layout, axes: AxisSet, ranks: usize) -> bool {
+    let mut next = 0;
+    (0..ranks)
+        .flat_map(|rank| positions(layout, axes, rank))
+        .all(|range| range.start == std::mem::replace(&mut next, range.end))
+}
+
+/// Linear attention whose axes are split in chunks, as one node.
+///
+/// # Shapes
+/// - `qkv`: `[B, s1, s2, s3, heads·d]` each
+/// - returns: laid out as the query; there is no logsumexp
+///
+/// # Errors
+/// [`Error`] if the ranks fail; [`Error::Shape`] if the stage is not linear attention.
+pub fn attend_in_chunks<R: Relay>(
+    qkv: [Shard; 3],
+    scope: &AttentionScope<'_>,
+    relay: impl FnOnce(Chunks) -> R,
+) -> Result<Attended, Error> {
+    let attention = scope.attention;
+    let Form::Linear { decay } = &attention.form else {
+        return Err(Error::Shape {
+            what: "an attention in chunks",
+            got: vec![],
+            rule: "it must be linear attention, of which a state is all that moves".to_owned(),
+        });
+    };
+    let (layout, rank) = (qkv[0].layout().clone(), qkv[0].rank());
+    let axes = attention.axes;
+    let ranks = scope.scope.group.size();
+    let length = |rank| -> usize {
+        let lengths = layout.local_lengths(rank);
+        axes.iter().map(|axis| lengths[axis.index()]).product()
+    };
+    let inputs = qkv.map(Shard::into_tensor);
+    let tracked = inputs.iter().map(tracking).any(|x| x == Tracking::Tracked);
+    let problem = linear::Problem {
+        heads: scope.heads.clone(),
+        decay: decay.clone(),
+        scale: attention.scale,
+    };
+    let relay = relay(Chunks {
+        problem: problem.clone(),
+        lengths: (0..ranks).map(length).collect(),
+        tracking: match tracked {
+            true => Tracking::Tracked,
+            false => Tracking::Untracked,
+        },
+    });
+    let fold = Fold::new(inputs[0].dims(), axes);
+    let key_fold = Fold::new(inputs[1].dims(), axes);
+    let (queries, keys) = (scope.heads.query.len(), scope.heads.kv().len());
+    let [q, k, v] = inputs.each_ref().map(|x| x.clone().inner());
+    let q = fold.fold(q, queries);
+    let [k, v] = [k, v].map(|x| key_fold.fold(x, keys));
+
+    let started = relay.start(linear::state(&k, &v, &problem), Direction::Forward)?;
+    let mut chunk = linear::forward(&q, &k, &v, &problem);
+    chunk.receive(&relay.finish(started)?, &q, &problem);
+
+    let output = fold.unfold(chunk.output.clone());
+    let output = vjp::attach3(inputs, output, move |dout| {
+        let dout = fold.fold(dout, queries);
+        let own = linear::state_gradient(&q, &dout, &problem);
+        let started = relay.start(own, Direction::Backward)?;
+        let mut gradients = linear::backward(&q, &k, &v, &chunk, &dout, &problem);
+        gradients.receive(&relay.finish(started)?, &k, &v, &problem);
+        let linear::Gradients { query, key, value } = gradients;
+        Ok::<_, CommError>([
+            fold.unfold(query),
+            key_fold.unfold(key),
+            key_fold.unfold(value),
+        ])
+    });
+    Ok(Attended {
+        output: Shard::new(output, layout, rank)?,
+        logsumexp: None,
+    })
+}
