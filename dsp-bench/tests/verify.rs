@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use common::{Refusal, softmax_refusal};
 use dsp_bench::reference::ReferenceError;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{Options, Record, VerifyError, verify};
@@ -39,9 +42,6 @@ fn runs() -> Vec<(String, usize)> {
     }
     runs
 }
-
-/// A strategy's refusal that is right: words of its reason, or none if it must run.
-type Refusal = Option<&'static str>;
 
 /// Verifies a file. In each case every run must meet all of the tensors that serial meets, or be refused where
 /// `refusal` says so and for that reason.
@@ -92,13 +92,11 @@ fn assert_met(path: &Path, refusal: impl Fn(&str, &str, usize) -> Refusal) {
 }
 
 /// Who refuses a bare softmax attention over the only axis.
-fn softmax_refusal(strategy: &str, query_heads: usize, ranks: usize) -> Refusal {
+fn bare_refusal(strategy: &str, query_heads: usize, ranks: usize) -> Refusal {
     match strategy {
-        "dsp" if ranks > 1 => Some("none is left to be split"),
-        "ulysses" if ranks > query_heads => Some("leave a rank without a head"),
         // On one rank nothing is sharded.
         "megatron" if ranks > 1 => Some("shards the projections"),
-        _ => None,
+        _ => softmax_refusal(strategy, 1, query_heads, ranks),
     }
 }
 
@@ -109,7 +107,9 @@ fn every_tensor_of_every_stdit3_file_is_met_under_every_strategy_in_f32_and_f64(
         "dsp-models/tests/fixtures/stdit3_block_xmask.safetensors",
         "dsp-models/tests/fixtures/stdit3_model.safetensors",
     ] {
-        assert_met(&fixture(file), |_, _, _| None);
+        assert_met(&fixture(file), |_, strategy, ranks| {
+            softmax_refusal(strategy, 2, 4, ranks)
+        });
     }
 }
 
@@ -121,7 +121,7 @@ fn attention_is_met_in_all_cases_but_those_that_a_strategy_rightly_refuses() {
             "mha_causal_len1" | "mha_causal_sharp" => 2,
             _ => 4,
         };
-        softmax_refusal(strategy, query_heads, ranks)
+        bare_refusal(strategy, query_heads, ranks)
     });
 }
 
@@ -195,7 +195,7 @@ fn wrong_files_are_refused_with_what_is_wrong_and_a_wrong_number_fails() {
         .collect();
     // In every run that is not refused: of eight query heads.
     let runs = runs();
-    let met = |(name, ranks): &&(String, usize)| softmax_refusal(name, 8, *ranks).is_none();
+    let met = |(name, ranks): &&(String, usize)| bare_refusal(name, 8, *ranks).is_none();
     let count = runs.iter().filter(met).count();
     assert_eq!(failed, vec!["gqa_full.dk"; count]);
 
