@@ -21,8 +21,8 @@ use crate::layout::{Layout, LayoutError, Shard};
 use crate::linear::project_without_bias;
 use crate::place::{self, Placed};
 use crate::strategy::{
-    AttentionScope, ModelShape, Parameter, Part, Plan, PlanError, Scope, SequenceParallel,
-    StageKind,
+    AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Scope,
+    SequenceParallel, StageKind,
 };
 
 /// A model that does not walk through the stages it declared.
@@ -418,15 +418,7 @@ impl<'a> StageRun<'a> {
     pub fn attend_with(&self, qkv: [Shard; 3], logsumexp: Logsumexp) -> Result<Attended, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
-        let StageKind::Attention(attention) = &scope.stage.kind else {
-            return Err(StageError::Kind {
-                index: self.index,
-                name: scope.stage.name.clone(),
-                declared: scope.stage.kind.name(),
-                wanted: "self-attention",
-            }
-            .into());
-        };
+        let attention = self.self_attention()?;
         let heads = self.held_heads(attention.heads);
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
@@ -439,6 +431,41 @@ impl<'a> StageRun<'a> {
                 logsumexp,
             },
         )
+    }
+
+    /// [`SequenceParallel::join`]: how a sub-layer goes on that was declared to need all heads
+    /// ([`Closing::AllHeads`](crate::strategy::Closing)).
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the layouts do not fit.
+    pub fn join(&self, x: Shard) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let _span = tracing::info_span!("join", stage = %scope.stage.name).entered();
+        let attention = self.self_attention()?;
+        let heads = self.held_heads(attention.heads);
+        let x = self.session.strategy.join(
+            x,
+            &AttentionScope {
+                scope,
+                attention,
+                heads: &heads,
+                logsumexp: Logsumexp::Unwanted,
+            },
+        )?;
+        Ok(Self::expect("join", &scope.plan.residual, x)?)
+    }
+
+    fn self_attention(&self) -> Result<&'a AttentionStage, StageError> {
+        let stage = self.scope().stage;
+        match &stage.kind {
+            StageKind::Attention(attention) => Ok(attention),
+            kind => Err(StageError::Kind {
+                index: self.index,
+                name: stage.name.clone(),
+                declared: kind.name(),
+                wanted: "self-attention",
+            }),
+        }
     }
 
     /// The cross-attention to keys and values that every rank holds: [`attention::cross_attention`].

@@ -48,6 +48,18 @@ pub enum Form {
     },
 }
 
+/// What follows an attention in its sub-layer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Closing {
+    /// A projection, to which each head contributes a term of a sum, so that ranks may hold some of the heads:
+    /// [`StageRun::project`](crate::session::StageRun::project).
+    #[default]
+    Projection,
+    /// Something that needs all heads of a position, as a norm over them does:
+    /// [`StageRun::join`](crate::session::StageRun::join).
+    AllHeads,
+}
+
 /// A self-attention, as a strategy needs to know it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionStage {
@@ -61,6 +73,8 @@ pub struct AttentionStage {
     pub form: Form,
     /// What the products of queries and keys are multiplied with.
     pub scale: f64,
+    /// What follows it in its sub-layer.
+    pub closing: Closing,
 }
 
 impl AttentionStage {
@@ -72,6 +86,7 @@ impl AttentionStage {
             mask,
             form: Form::Softmax,
             scale: (heads.dim as f64).powf(-0.5),
+            closing: Closing::Projection,
         }
     }
 
@@ -83,6 +98,7 @@ impl AttentionStage {
             mask: Mask::Causal,
             form: Form::Linear { decay },
             scale: 1.0,
+            closing: Closing::Projection,
         }
     }
 
@@ -669,6 +685,15 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
     /// [`Error`] if an attended axis is split and the strategy did not bring it together, or the ranks fail.
     fn attend(&self, qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {
         attention::attend_local(qkv, scope)
+    }
+
+    /// Brings an attention's output to where the residual stream is, with all heads of each position, for what needs
+    /// them all; the sub-layer then ends there, without [`leave`](Self::leave).
+    ///
+    /// # Errors
+    /// [`Error`] if the ranks fail or the layouts do not fit.
+    fn join(&self, x: Shard, scope: &AttentionScope<'_>) -> Result<Shard, Error> {
+        relayout(x, &scope.scope.plan.residual, scope.scope.group)
     }
 
     /// Brings the sub-layer's output back into the residual stream's layout, and adds its bias: once, after

@@ -9,6 +9,8 @@
 //! |---|---|
 //! | [`video_dit`] | STDiT-3, the video diffusion transformer of Open-Sora 1.2 |
 //! | [`weather`] | an axial transformer over time, latitude and longitude |
+//! | [`language`] | causal language models: LLaMA, TransNormer, hybrids |
+//! | [`vit`] | vision transformers, under timm's and torchvision's names |
 //! | [`layers`] | what transformers are made of: norms, feed-forward networks, rotary embedding |
 //! | [`training`] | a step of rectified flow, for [`video_dit`] |
 //! | [`weights`] | safetensors in and out; gradients under the original names |
@@ -16,10 +18,12 @@
 //! | [`error`] | what can go wrong |
 
 pub mod error;
+pub mod language;
 pub mod layers;
 pub mod random;
 pub mod training;
 pub mod video_dit;
+pub mod vit;
 pub mod weather;
 pub mod weights;
 

@@ -15,7 +15,9 @@ use burn_store::{
     ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore, bridge,
 };
 
+use crate::language::{CausalLm, LinearAttention};
 use crate::video_dit::{BlockPairs, VideoDit};
+use crate::vit::{TorchvisionVit, Vit};
 
 /// A module whose parameters have other names where they are published.
 pub trait OriginalNames: Module {
@@ -25,6 +27,55 @@ pub trait OriginalNames: Module {
 
 impl OriginalNames for BlockPairs {
     const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The names are Hugging Face's already.
+impl OriginalNames for CausalLm {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The names are the original's already.
+impl OriginalNames for LinearAttention {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+/// The names are timm's already.
+impl OriginalNames for Vit {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[];
+}
+
+impl OriginalNames for TorchvisionVit {
+    const RENAMED: &'static [(&'static str, &'static str)] = &[
+        ("vit.cls_token", "class_token"),
+        ("vit.pos_embed", "encoder.pos_embedding"),
+        ("vit.patch_embed.proj.", "conv_proj."),
+        (
+            "vit.blocks.#.norm1.",
+            "encoder.layers.encoder_layer_#.ln_1.",
+        ),
+        (
+            "vit.blocks.#.attn.qkv.",
+            "encoder.layers.encoder_layer_#.self_attention.in_proj_",
+        ),
+        (
+            "vit.blocks.#.attn.proj.",
+            "encoder.layers.encoder_layer_#.self_attention.out_proj.",
+        ),
+        (
+            "vit.blocks.#.norm2.",
+            "encoder.layers.encoder_layer_#.ln_2.",
+        ),
+        (
+            "vit.blocks.#.mlp.fc1.",
+            "encoder.layers.encoder_layer_#.mlp.0.",
+        ),
+        (
+            "vit.blocks.#.mlp.fc2.",
+            "encoder.layers.encoder_layer_#.mlp.3.",
+        ),
+        ("vit.norm.", "encoder.ln."),
+        ("vit.head.", "heads.head."),
+    ];
 }
 
 impl OriginalNames for VideoDit {
@@ -329,8 +380,11 @@ fn names<M: OriginalNames>(direction: Direction) -> KeyRemapper {
             Direction::FromOriginal => (original, ours),
             Direction::ToOriginal => (ours, original),
         };
-        let pattern = format!("^{}", from.replace('.', r"\."));
-        match remapper.clone().add_pattern(pattern, to) {
+        let pattern = format!("^{}", from.replace('.', r"\.").replace('#', r"(\d+)"));
+        match remapper
+            .clone()
+            .add_pattern(pattern, to.replace('#', "${1}"))
+        {
             Ok(extended) => remapper = extended,
             Err(error) => unreachable!("a path is a valid pattern: {error}"),
         }
@@ -341,7 +395,13 @@ fn names<M: OriginalNames>(direction: Direction) -> KeyRemapper {
 /// The original name of the parameter at a path: prefix and last part.
 fn original_name<M: OriginalNames>(path: &str) -> String {
     let renamed = M::RENAMED.iter().find_map(|(ours, original)| {
-        let rest = path.strip_prefix(ours)?;
+        let Some((before, after)) = ours.split_once('#') else {
+            let rest = path.strip_prefix(ours)?;
+            return Some(format!("{original}{rest}"));
+        };
+        let (number, rest) = path.strip_prefix(before)?.split_once('.')?;
+        let rest = rest.strip_prefix(after.strip_prefix('.')?)?;
+        let original = original.replace('#', number);
         Some(format!("{original}{rest}"))
     });
     let name = renamed.unwrap_or_else(|| path.to_owned());

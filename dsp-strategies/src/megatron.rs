@@ -14,6 +14,9 @@
 //! that backward does not gather it again; one that gathered again would send half as much more and keep
 //! `M/N`.
 //!
+//! An attention that goes on with all heads of a position (a norm over them) ends by an all-to-all of heads for
+//! sequence instead, `B·d·q_r(L − l_r)`.
+//!
 //! Weights: each rank holds the columns of its query heads, of the key-value heads that they use, and of its
 //! inner features, and the rows back. A key-value head that several ranks use is held by each, and its gradient
 //! summed over them. With more ranks than query heads some ranks have none: right, but idle. Norms and the biases
@@ -24,14 +27,17 @@
 //! Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use dsp_core::attention::{HeadRange, Heads};
-use dsp_core::collective::relayout;
+use dsp_core::blocks::DimBlocks;
+use dsp_core::collective::{exchange, relayout};
 use dsp_core::cost::{self, Elements};
 use dsp_core::layout::Value;
+use dsp_core::ledger::Collective;
 use dsp_core::strategy::{
-    Parameter, Placement, Role, Scope, StagePlan, Units, add_bias,
+    AttentionScope, Closing, Parameter, Placement, Role, Scope, StageKind, StagePlan, Units, add_bias,
 };
 use dsp_core::{
     Error, Layout, ModelShape, Partition, PlanError, SequenceParallel, Shard, Stage,
@@ -49,7 +55,7 @@ impl SequenceParallel for Megatron {
     fn plan_stage(
         &self,
         model: &ModelShape,
-        _stage: &Stage,
+        stage: &Stage,
         residual: &Layout,
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
@@ -65,7 +71,18 @@ impl SequenceParallel for Megatron {
         Ok(plan.sending(|rank| {
             // In by an all-gather, out by a reduce-scatter; each the other's transpose.
             let there = cost::all_gather(model.batch, model.hidden, others, partition, rank);
-            there + Elements::both(there.backward, there.forward)
+            let back = match &stage.kind {
+                StageKind::Attention(attention) if attention.closing == Closing::AllHeads => {
+                    let heads = attention.heads;
+                    let own = query_heads(heads, rank, ranks).query.len();
+                    let unit = model.batch * others * heads.dim;
+                    let (l, length) = (partition.count(rank), partition.length());
+                    let sent = |elements: usize| (unit * elements) as u64;
+                    Elements::both(sent(own * (length - l)), sent(l * (heads.query - own)))
+                }
+                _ => Elements::both(there.backward, there.forward),
+            };
+            there + back
         }))
     }
 
@@ -101,6 +118,27 @@ impl SequenceParallel for Megatron {
         ranks: usize,
     ) -> HeadRange {
         query_heads(heads, rank, ranks)
+    }
+
+    fn join(&self, x: Shard, scope: &AttentionScope<'_>) -> Result<Shard, Error> {
+        let (group, heads) = (scope.scope.group, scope.attention.heads);
+        let residual = &scope.scope.plan.residual;
+        if residual.split_axis().is_none() {
+            return Ok(x);
+        }
+        let (rank, ranks) = (group.rank(), group.size());
+        let (batch, channels) = (x.tensor().dims()[0], heads.query * heads.dim);
+        let of_each = (0..ranks).map(|rank| {
+            let held = query_heads(heads, rank, ranks).query;
+            std::iter::once(held.start * heads.dim..held.end * heads.dim).collect()
+        });
+        let of_each = DimBlocks::from_ranges(channels, of_each.collect());
+        let before = x.layout().blocks(batch, channels, ranks);
+        let after = residual.blocks(batch, channels, ranks);
+        let kind = Collective::AllToAll;
+        let (before, after) = (Arc::new(before.with_dim(4, of_each)), Arc::new(after));
+        let joined = exchange(x.into_tensor(), before, after, kind, kind, group)?;
+        Ok(Shard::new(joined, residual.clone(), rank)?)
     }
 
     fn leave(&self, x: Shard, bias: Option<Tensor<1>>, scope: &Scope<'_>) -> Result<Shard, Error> {

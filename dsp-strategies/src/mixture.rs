@@ -213,6 +213,21 @@ impl SequenceParallel for Mixture {
         )
     }
 
+    fn join(&self, x: Shard, scope: &AttentionScope<'_>) -> Result<Shard, Error> {
+        let (part, plan) = self.part(scope.scope.plan);
+        let within = Scope {
+            plan,
+            ..scope.scope
+        };
+        part.join(
+            x,
+            &AttentionScope {
+                scope: within,
+                ..*scope
+            },
+        )
+    }
+
     fn leave(&self, x: Shard, bias: Option<Tensor<1>>, scope: &Scope<'_>) -> Result<Shard, Error> {
         let (part, plan) = self.part(scope.plan);
         part.leave(x, bias, &Scope { plan, ..*scope })

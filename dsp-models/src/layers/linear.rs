@@ -15,6 +15,19 @@ pub fn linear(inputs: usize, outputs: usize, draws: &mut Draws, device: &Device)
     }
 }
 
+/// The same without a bias.
+pub fn linear_without_bias(
+    inputs: usize,
+    outputs: usize,
+    draws: &mut Draws,
+    device: &Device,
+) -> Linear {
+    Linear {
+        bias: None,
+        ..linear(inputs, outputs, draws, device)
+    }
+}
+
 /// The bias of a layer, to be added elsewhere.
 pub(crate) fn bias(layer: &Linear) -> Option<Tensor<1>> {
     layer.bias.as_ref().map(Param::val)

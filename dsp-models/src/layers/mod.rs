@@ -6,17 +6,21 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use dsp_core::layout::select_ranges;
 
+mod activation;
+mod cross_entropy;
 mod linear;
 mod mlp;
 mod norm;
 mod rotary;
 mod sincos;
 
-pub use linear::linear;
-pub(crate) use linear::{bias, buffer};
+pub use activation::{gelu, sigmoid, silu};
+pub use cross_entropy::{Target, cross_entropy};
+pub(crate) use linear::{bias, buffer, parameter};
+pub use linear::{linear, linear_without_bias};
 pub use mlp::{Mlp, gelu_tanh};
-pub use norm::{RmsNorm, layer_norm, unit_rms};
-pub use rotary::{Rotary, RotaryTables};
+pub use norm::{LayerNorm, RmsNorm, layer_norm, unit_rms};
+pub use rotary::{Pairs, Rotary, RotaryTables};
 pub use sincos::{sin_cos_2d, timestep_features};
 
 /// A range of one dim, as [`Tensor::narrow`] gives it, also of a tensor that is empty along another dim.

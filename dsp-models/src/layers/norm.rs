@@ -31,6 +31,37 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, epsilon: f64) -> Tensor<D> {
     })
 }
 
+/// [`layer_norm`] times a weight, plus a bias (Ba et al., arXiv:1607.06450).
+#[derive(Module, Debug)]
+pub struct LayerNorm {
+    /// `[C]`; stored elsewhere as `weight`.
+    pub gamma: Param<Tensor<1>>,
+    /// `[C]`; stored elsewhere as `bias`.
+    pub beta: Param<Tensor<1>>,
+    /// What is added to the variance.
+    pub epsilon: f64,
+}
+
+impl LayerNorm {
+    /// A norm over `channels`, with a weight of 1 and a bias of 0.
+    pub fn new(channels: usize, epsilon: f64, device: &Device) -> Self {
+        Self {
+            gamma: parameter(Tensor::ones([channels], device)),
+            beta: parameter(Tensor::zeros([channels], device)),
+            epsilon,
+        }
+    }
+
+    /// The norm over the last dim.
+    ///
+    /// # Shapes
+    /// - `x`: `[…, C]`; returns the same
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let normal = layer_norm(x, self.epsilon);
+        normal * self.gamma.val().unsqueeze() + self.beta.val().unsqueeze()
+    }
+}
+
 /// `x / √(mean(x²) + ε)` over the last dim.
 ///
 /// # Gradient

@@ -4,7 +4,8 @@
 //!   channels 2i, 2i+1 at position p:   (a, b) ↦ (a·cos θ − b·sin θ, b·cos θ + a·sin θ),   θ = p·base^(−2i/d)
 //! ```
 //!
-//! Pairs are interleaved, as in RoFormer (Su et al., arXiv:2104.09864). Positions are global: a rank reads them
+//! Pairs are interleaved, as in RoFormer (Su et al., arXiv:2104.09864), or a channel of the first half is paired with
+//! one of the second, as in LLaMA's published weights ([`Pairs`]). Positions are global: a rank reads them
 //! from its shard's layout, so that a token is turned alike wherever it is held.
 
 use std::convert::Infallible;
@@ -15,6 +16,33 @@ use dsp_core::linear::times;
 use dsp_core::shape::reshape;
 use dsp_core::vjp::attach1;
 
+/// Which channels are turned together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairs {
+    /// `2i` and `2i + 1`.
+    Interleaved,
+    /// `i` and `i + d/2`.
+    Halves,
+}
+
+impl Pairs {
+    /// The pair of a channel.
+    fn of(self, channel: usize, dim: usize) -> usize {
+        match self {
+            Self::Interleaved => channel / 2,
+            Self::Halves => channel % (dim / 2),
+        }
+    }
+
+    /// The two channels of a pair.
+    fn channels(self, pair: usize, dim: usize) -> [usize; 2] {
+        match self {
+            Self::Interleaved => [2 * pair, 2 * pair + 1],
+            Self::Halves => [pair, pair + dim / 2],
+        }
+    }
+}
+
 /// The angles of a rotary embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rotary {
@@ -22,6 +50,8 @@ pub struct Rotary {
     pub dim: usize,
     /// The base of the frequencies: 10000.
     pub base: f64,
+    /// Which channels are turned together.
+    pub pairs: Pairs,
 }
 
 /// The cosines and sines of some positions.
@@ -35,9 +65,13 @@ pub struct RotaryTables {
 }
 
 impl Rotary {
-    /// The usual base.
+    /// The usual base, and interleaved pairs.
     pub fn new(dim: usize) -> Self {
-        Self { dim, base: 1e4 }
+        Self {
+            dim,
+            base: 1e4,
+            pairs: Pairs::Interleaved,
+        }
     }
 
     /// The frequency of each pair of channels: `base^(−2i/dim)`.
@@ -58,7 +92,9 @@ impl Rotary {
         let count = positions.iter().map(ExactSizeIterator::len).sum::<usize>();
         let angles: Vec<f64> = (positions.iter().cloned().flatten())
             .flat_map(|position| {
-                (0..self.dim).map(move |channel| position as f64 * frequencies[channel / 2])
+                (0..self.dim).map(move |channel| {
+                    position as f64 * frequencies[self.pairs.of(channel, self.dim)]
+                })
             })
             .collect();
         let table = |function: fn(f64) -> f64| {
@@ -66,9 +102,10 @@ impl Rotary {
             Tensor::from_data(TensorData::new(values, [count, self.dim]), options)
         };
         let mut turn = vec![0.0; self.dim * self.dim];
-        for even in (0..self.dim).step_by(2) {
-            turn[(even + 1) * self.dim + even] = -1.0;
-            turn[even * self.dim + even + 1] = 1.0;
+        for pair in 0..self.dim / 2 {
+            let [first, second] = self.pairs.channels(pair, self.dim);
+            turn[second * self.dim + first] = -1.0;
+            turn[first * self.dim + second] = 1.0;
         }
         RotaryTables {
             cos: table(f64::cos),

@@ -6,6 +6,7 @@
     reason = "each test binary uses a part; a test that cannot read its file has failed"
 )]
 
+pub(crate) mod language;
 pub(crate) mod weather;
 
 use std::collections::BTreeMap;
@@ -144,6 +145,22 @@ pub(crate) struct Account {
 pub(crate) struct Run {
     pub(crate) found: BTreeMap<String, Values>,
     pub(crate) accounts: Vec<Account>,
+}
+
+impl Run {
+    /// Every rank sent what the formulas say.
+    pub(crate) fn assert_sent_as_planned(&self) {
+        for (rank, account) in self.accounts.iter().enumerate() {
+            for (what, (sent, formula)) in [
+                ("forward", account.forward),
+                ("backward", account.backward),
+                ("gather", account.gather),
+                ("reduction", account.reduce),
+            ] {
+                assert_eq!(sent, formula, "what rank {rank} sends: {what}");
+            }
+        }
+    }
 }
 
 /// A stack of block pairs with its inputs.
@@ -314,13 +331,13 @@ impl ModelCase {
 }
 
 /// The backward pass and what it sent.
-struct Ending {
-    gradients: Gradients,
-    account: Account,
+pub(crate) struct Ending {
+    pub(crate) gradients: Gradients,
+    pub(crate) account: Account,
 }
 
 impl Ending {
-    fn of(
+    pub(crate) fn of(
         session: &Session,
         out: &Shard,
         dout: &Tensor<5>,
@@ -354,7 +371,7 @@ impl Ending {
         Ok(Self { gradients, account })
     }
 
-    fn reduce<M: Module>(
+    pub(crate) fn reduce<M: Module>(
         &mut self,
         session: &Session,
         placed: &dsp_core::Placed<M>,
@@ -370,11 +387,11 @@ impl Ending {
     }
 }
 
-fn sent(traffic: &Traffic, phase: Phase) -> u64 {
+pub(crate) fn sent(traffic: &Traffic, phase: Phase) -> u64 {
     traffic.phase(phase).elements
 }
 
-fn named<M: dsp_models::weights::OriginalNames>(
+pub(crate) fn named<M: dsp_models::weights::OriginalNames>(
     module: &M,
     gradients: &burn::optim::GradientsParams,
 ) -> BTreeMap<String, Values> {
@@ -384,13 +401,13 @@ fn named<M: dsp_models::weights::OriginalNames>(
         .collect()
 }
 
-fn whole(session: &Session, shard: Shard) -> Result<Values, Error> {
+pub(crate) fn whole(session: &Session, shard: Shard) -> Result<Values, Error> {
     let whole = session.gather(shard.map(Tensor::detach)?)?;
     Ok(Values::of(&whole.into_data()))
 }
 
 /// The sum over the ranks of a replicated input's gradient.
-fn summed<const D: usize>(
+pub(crate) fn summed<const D: usize>(
     leaf: &Tensor<D>,
     gradients: &Gradients,
     group: &Group,
@@ -401,7 +418,7 @@ fn summed<const D: usize>(
     Ok(Values::of(&sum.into_data()))
 }
 
-fn launch<T: Send + 'static>(
+pub(crate) fn launch<T: Send + 'static>(
     ranks: usize,
     function: impl Fn(Group) -> Result<T, ModelError> + Send + Sync + 'static,
 ) -> Result<Vec<T>, LaunchError> {
@@ -409,7 +426,7 @@ fn launch<T: Send + 'static>(
 }
 
 /// Every rank must have found the same.
-fn collect(ends: Vec<(BTreeMap<String, Values>, Account)>) -> Run {
+pub(crate) fn collect(ends: Vec<(BTreeMap<String, Values>, Account)>) -> Run {
     let mut accounts = Vec::new();
     let mut found: Option<BTreeMap<String, Values>> = None;
     for (values, account) in ends {

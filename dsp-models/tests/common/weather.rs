@@ -84,7 +84,7 @@ impl WeatherCase {
 }
 
 /// The backward pass of a loss on shards, and what it and the forward pass before it sent.
-fn of_loss(session: &Session, loss: Tensor<1>) -> Result<Ending, ModelError> {
+pub(crate) fn of_loss(session: &Session, loss: Tensor<1>) -> Result<Ending, ModelError> {
     let (ledger, expected) = (session.group().ledger(), session.expected_sends());
     let forward = sent(&ledger.take(), Phase::Forward);
     let gradients = session.backward(Loss::OfShard(loss))?;
