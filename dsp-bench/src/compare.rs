@@ -1,4 +1,4 @@
-//! `dsp compare`: runs a model on a clip under every strategy on every number of ranks.
+//! `dsp compare`: runs a model on real data under every strategy on every number of ranks.
 //!
 //! Each case is first held to serial: output, input gradient, every parameter's gradient. One that differs is
 //! not timed. Then it runs alone, several times, and each rank's ledger says what it sent and how long it
@@ -10,23 +10,19 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::tensor::TensorData;
+use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic as LedgerReading};
-use dsp_core::{
-    CommError, Group, Launch, LaunchError, Placed, PlanError, SequenceParallel, Session,
-};
-use dsp_models::VideoDit;
+use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
 use dsp_strategies::UnknownStrategy;
 
-use crate::clip::ClipError;
 use crate::progress::Progress;
 use crate::record::{
     CollectiveCount, Comparison, Difference, Equality, Measured, Memory, Outcome, RankSeconds,
     RankTraffic, Sent, Timing, Traffic, seconds,
 };
 use crate::scenario::{Passes, Scenario, ScenarioError};
-use crate::subject::{Gradients, Subject, SubjectError};
+use crate::subject::{Gradients, OnRank, Pass, Subject, SubjectError};
 
 /// Why a comparison cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +33,6 @@ pub enum CompareError {
     /// A strategy that is not compiled in.
     #[error(transparent)]
     Strategy(#[from] UnknownStrategy),
-    /// The clip cannot be used.
-    #[error(transparent)]
-    Clip(#[from] ClipError),
     /// The model cannot be built or run.
     #[error(transparent)]
     Subject(#[from] SubjectError),
@@ -66,43 +59,52 @@ pub trait Meter {
 /// A strategy on a number of ranks.
 #[derive(Debug, Clone)]
 pub struct CaseOf {
-    /// The strategy.
-    pub strategy: Arc<dyn SequenceParallel>,
+    /// The strategy's name.
+    pub name: String,
+    /// The strategy; of one of the scenario's mixtures, perhaps why there is none.
+    pub strategy: Result<Arc<dyn SequenceParallel>, UnknownStrategy>,
     /// The ranks.
     pub ranks: usize,
 }
 
-/// A scenario that is ready to run: its clip read, its model built.
+/// A scenario that is ready to run: its input read, its model built.
 #[derive(Debug)]
 pub struct Comparer {
     scenario: Scenario,
-    subject: Arc<Subject>,
+    subject: Arc<dyn Subject>,
     cases: Vec<CaseOf>,
 }
 
 impl Comparer {
-    /// Reads the clip, builds the model and finds the strategies.
+    /// Reads the input, builds the model and finds the strategies.
     ///
     /// # Errors
     /// [`CompareError`] before any work if any of these cannot be used.
     pub fn new(scenario: Scenario) -> Result<Self, CompareError> {
         let enabled = dsp_strategies::all();
         let names: Vec<&str> = enabled.iter().map(|strategy| strategy.name()).collect();
-        let chosen = scenario.chosen_strategies(&names)?;
         // Serial comes first, on one rank: it is what the others are held to.
         let mut cases = vec![CaseOf {
-            strategy: dsp_strategies::by_name("serial")?,
+            name: "serial".to_owned(),
+            strategy: Ok(dsp_strategies::by_name("serial")?),
             ranks: 1,
         }];
+        let chosen = scenario.chosen_strategies(&names);
         for &ranks in &scenario.ranks {
             for name in chosen.iter().filter(|name| *name != "serial") {
+                let strategy = dsp_strategies::by_name(name);
+                if scenario.strategies.is_some() {
+                    // Who names a strategy wants it; a scenario's mixture of others may be refused.
+                    strategy.clone()?;
+                }
                 cases.push(CaseOf {
-                    strategy: dsp_strategies::by_name(name)?,
+                    name: name.clone(),
+                    strategy,
                     ranks,
                 });
             }
         }
-        let subject = Arc::new(Subject::new(&scenario)?);
+        let subject = scenario.model.sizes().subject(&scenario)?;
         Ok(Self {
             scenario,
             subject,
@@ -124,7 +126,7 @@ impl Comparer {
         let mut comparison = Comparison::begin(self.scenario.clone(), "flex");
         let mut reference = None;
         for (index, case) in self.cases.iter().enumerate() {
-            let name = case.strategy.name();
+            let name = case.name.as_str();
             progress.begin(name, case.ranks);
             // Each case has its share of what is left of the whole time, its first run included.
             let left = self.scenario.time_budget_seconds - started.elapsed().as_secs_f64();
@@ -134,6 +136,9 @@ impl Comparer {
                     reference = reference.or(outputs);
                     outcome
                 }
+                Err(Stop::Absent(absent)) => Outcome::Refused {
+                    reason: absent.to_string(),
+                },
                 Err(Stop::Refused(refusal)) if index == 0 => {
                     return Err(CompareError::SerialRefused(refusal));
                 }
@@ -166,20 +171,23 @@ impl Comparer {
         progress: &Progress,
         meter: &dyn Meter,
     ) -> Result<(Option<Outputs>, Outcome), Stop> {
-        let name = case.strategy.name();
+        let name = case.name.as_str();
+        let strategy = case.strategy.clone().map_err(Stop::Absent)?;
         // Refused before any work, or not at all.
         let shape = self.subject.shape();
-        case.strategy
-            .plan(&shape, case.ranks)
-            .map_err(Stop::Refused)?;
+        strategy.plan(&shape, case.ranks).map_err(Stop::Refused)?;
 
         progress.phase(name, case.ranks, "equality with serial");
         let (checked, first_run) = mpsc::channel();
         let (decide, decision) = mpsc::channel();
         let steps = Steps {
             subject: self.subject.clone(),
-            strategy: case.strategy.clone(),
-            passes: self.scenario.passes,
+            strategy,
+            model: self.scenario.model.kind().name(),
+            pass: Pass {
+                dtype: self.scenario.dtype.dtype(),
+                passes: self.scenario.passes,
+            },
             checked,
             decision: Mutex::new(decision),
         };
@@ -238,9 +246,11 @@ impl Comparer {
 
 /// What every rank of a case does.
 struct Steps {
-    subject: Arc<Subject>,
+    subject: Arc<dyn Subject>,
     strategy: Arc<dyn SequenceParallel>,
-    passes: Passes,
+    /// The model's kind, for the trace.
+    model: &'static str,
+    pass: Pass,
     /// Where rank 0 sends what the first run gave, and its seconds.
     checked: mpsc::Sender<(Outputs, f64)>,
     /// From where it gets the number of timed runs; none if the first differed from serial.
@@ -250,28 +260,28 @@ struct Steps {
 impl Steps {
     fn run(&self, group: Group) -> Result<RankRuns, SubjectError> {
         let session = Session::new(self.strategy.clone(), group, self.subject.shape())?;
-        let placed = self.subject.place(&session);
-        self.first(&session, &placed)?;
+        let subject = self.subject.on_rank(&session, self.pass);
+        self.first(&session, &*subject)?;
         let mut runs = Vec::new();
         for repeat in 0..self.repeats(&session)? {
-            barrier(session.group(), &self.subject)?;
+            self.barrier(session.group())?;
             session.group().ledger().take();
-            let strategy = self.strategy.name();
-            let _span = tracing::info_span!("step", strategy, repeat).entered();
+            let (model, strategy) = (self.model, self.strategy.name());
+            let _span = tracing::info_span!("step", model, strategy, repeat).entered();
             let start = Instant::now();
-            let run = self.subject.forward(&session, &placed)?;
-            if self.passes == Passes::ForwardBackward {
-                run.backward(&session, &placed)?;
+            let run = subject.forward()?;
+            if self.pass.passes == Passes::ForwardBackward {
+                subject.backward(&run)?;
             }
             let elapsed = start.elapsed().as_secs_f64();
             runs.push((elapsed, session.group().ledger().take()));
         }
-        let width = self.subject.dtype().size() as u64;
+        let width = self.pass.dtype.size() as u64;
         let sends = session.expected_sends();
-        let (backward, parameters) = match self.passes {
+        let (backward, parameters) = match self.pass.passes {
             Passes::Forward => (0, 0),
             Passes::ForwardBackward => {
-                let count = dsp_core::gradients::reduced_parameters(&placed);
+                let count = subject.reduced_parameters();
                 (sends.backward, session.expected_reduce(count))
             }
         };
@@ -282,19 +292,17 @@ impl Steps {
     }
 
     /// The run that is held to serial: rank 0 hands over its outputs, whole; they are the same on all ranks.
-    fn first(&self, session: &Session, placed: &Placed<VideoDit>) -> Result<(), SubjectError> {
+    fn first(&self, session: &Session, subject: &dyn OnRank) -> Result<(), SubjectError> {
         let start = Instant::now();
-        let run = self.subject.forward(session, placed)?;
-        let gradients = match self.passes {
+        let run = subject.forward()?;
+        let gradients = match self.pass.passes {
             Passes::Forward => None,
-            Passes::ForwardBackward => Some(run.backward(session, placed)?),
+            Passes::ForwardBackward => Some(subject.backward(&run)?),
         };
         let seconds = start.elapsed().as_secs_f64();
-        let output = run.gather(session)?;
-        let gradients = match gradients {
-            Some(gradients) => Some(gradients.whole(session, placed)?),
-            None => None,
-        };
+        let output = subject.output(&run)?;
+        let gradients = gradients.map(|gradients| subject.whole(gradients));
+        let gradients = gradients.transpose()?;
         if session.group().rank() == 0 {
             // Whoever does not listen any more has given the case up.
             let _ = self.checked.send((Outputs { output, gradients }, seconds));
@@ -311,13 +319,24 @@ impl Steps {
             }
             _ => 0,
         };
-        let own = self.subject.token().add_scalar(own as f64);
+        let own = self.token().add_scalar(own as f64);
         let all = all_reduce_in(own, Phase::Outside, session.group())?;
         Ok(all.into_scalar::<f64>() as usize)
+    }
+
+    /// Everybody waits for everybody, so that no rank's start is another's waiting.
+    fn barrier(&self, group: &Group) -> Result<(), CommError> {
+        all_reduce_in(self.token(), Phase::Outside, group).map(drop)
+    }
+
+    /// One number, for the ranks to wait for each other by.
+    fn token(&self) -> Tensor<1> {
+        Tensor::zeros([1], (&Device::flex(), self.pass.dtype))
     }
 }
 
 enum Stop {
+    Absent(UnknownStrategy),
     Refused(PlanError),
     Failed(Box<LaunchError>),
 }
@@ -328,11 +347,6 @@ struct RankRuns {
     runs: Vec<(f64, LedgerReading)>,
     /// Bytes by formula: forward, backward, parameters' gradients.
     formula: [u64; 3],
-}
-
-/// Everybody waits for everybody, so that no rank's start is another's waiting.
-fn barrier(group: &Group, subject: &Subject) -> Result<(), CommError> {
-    all_reduce_in(subject.token(), Phase::Outside, group).map(drop)
 }
 
 /// What a run gave, whole.
@@ -347,10 +361,14 @@ impl Outputs {
         Equality {
             tolerance,
             output: difference("output", &reference.output, &self.output),
-            input_gradient: gradients
-                .map(|(own, serial)| difference("input", &serial.input, &own.input)),
+            input_gradient: gradients.and_then(|(own, serial)| {
+                let serial = serial.input.as_ref()?;
+                let missing = none();
+                let own = own.input.as_ref().unwrap_or(&missing);
+                Some(difference("input", serial, own))
+            }),
             parameter_gradients: gradients.and_then(|(own, serial)| {
-                let missing = TensorData::new(Vec::<f32>::new(), [0]);
+                let missing = none();
                 let each = |(name, serial): (&String, &TensorData)| {
                     difference(name, serial, own.parameters.get(name).unwrap_or(&missing))
                 };
@@ -358,6 +376,11 @@ impl Outputs {
             }),
         }
     }
+}
+
+/// What equals no tensor.
+fn none() -> TensorData {
+    TensorData::new(Vec::<f32>::new(), [0])
 }
 
 fn difference(name: &str, reference: &TensorData, actual: &TensorData) -> Difference {

@@ -2,9 +2,9 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that it runs on |
+//! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that a model may run on |
 //! | [`fields`] | real weather: variables over time, latitude and longitude from a NetCDF file |
-//! | [`subject`] | the model that it runs, and one step of it |
+//! | [`subject`] | the models that it may run, each with its sizes and input, and one step of them |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
 //! | [`reference`](mod@reference), [`verify`] | tensors made by other people's code, and the comparison with them |

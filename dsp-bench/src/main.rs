@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 use dsp_bench::allocator::CountingAllocator;
 use dsp_bench::compare::{self, Meter};
 use dsp_bench::progress::Progress;
-use dsp_bench::scenario::{Precision, Scenario};
+use dsp_bench::scenario::{ModelKind, Precision, Scenario};
 use dsp_bench::tracefile::TraceFile;
 use dsp_bench::verify::{self, Record};
 use dsp_bench::{report, table};
@@ -41,12 +41,18 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct CompareArgs {
-    /// What to compare: a built-in scenario (default, small) or the path of a TOML file.
-    #[arg(long, default_value = "default")]
-    scenario: String,
-    /// Only these strategies, e.g. dsp,ulysses.
-    #[arg(long, value_delimiter = ',')]
-    strategies: Option<Vec<String>>,
+    /// What to compare: a built-in scenario (default, small, or a model's name) or the path of a TOML file;
+    /// without it, the model's own.
+    #[arg(long)]
+    scenario: Option<String>,
+    /// The model, in the sizes of its built-in scenario. Beside --scenario, that one's ranks, repeats and tolerance
+    /// stay.
+    #[arg(long, value_enum)]
+    model: Option<ModelKind>,
+    /// Only these strategies, e.g. dsp,ulysses; a mixture's parts are joined by +, the first choice first, e.g.
+    /// dsp+ulysses.
+    #[arg(long, alias = "strategies", value_name = "NAME", value_delimiter = ',')]
+    strategy: Option<Vec<String>>,
     /// Only these numbers of ranks, e.g. 1,2,4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
@@ -117,10 +123,17 @@ fn with_causes(error: &anyhow::Error) -> String {
 }
 
 fn run_compare(args: CompareArgs) -> anyhow::Result<ExitCode> {
-    let mut scenario = Scenario::load(&args.scenario)?;
-    scenario.strategies = args.strategies.or(scenario.strategies);
+    let mut scenario = match (&args.scenario, args.model) {
+        (Some(name), _) => Scenario::load(name)?,
+        (None, Some(kind)) => Scenario::of_model(kind)?,
+        (None, None) => Scenario::load("default")?,
+    };
+    if let Some(kind) = args.model {
+        scenario = scenario.with_model(kind)?;
+    }
+    scenario.strategies = args.strategy.or(scenario.strategies);
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
-    scenario.check(&args.scenario)?;
+    scenario.check(&scenario.name)?;
     let comparer = compare::Comparer::new(scenario)?;
 
     let trace = TraceFile::start(&args.trace)?;

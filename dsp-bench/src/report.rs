@@ -55,6 +55,7 @@ pub fn render(comparison: &Comparison, trace: Option<&str>) -> Result<String, Re
 /// What the template shows.
 fn context(comparison: &Comparison, trace: Option<&str>) -> Result<Value, ReportError> {
     let scenario = &comparison.scenario;
+    let model = scenario.model.sizes().describe(scenario.batch);
     let any_timed = comparison.timed().next().is_some();
     let parallel = comparison.timed().any(|(row, _)| row.ranks > 1);
     let charts = [
@@ -74,15 +75,16 @@ fn context(comparison: &Comparison, trace: Option<&str>) -> Result<Value, Report
     Ok(context! {
         comparison => Value::from(Serde(comparison)),
         title => format!("{}: strategies side by side", scenario.name),
+        noun => model.noun,
+        data => model.data,
+        model => model.model,
+        tokens => model.tokens,
+        facts => model.facts,
         finding => comparison.finding(),
         well => comparison.all_well(),
         date => date(comparison.started_unix_seconds),
-        clip => scenario.clip_name(),
         passes => scenario.passes.label(),
         dtype => scenario.dtype.label(),
-        tokens_time => scenario.temporal_tokens(),
-        tokens_space => scenario.spatial_tokens(),
-        text_lengths => scenario.text_lengths(),
         floor => RELATIVE_FLOOR,
         oversubscribed => comparison.rows.iter().any(|row| row.oversubscribed),
         time_chart => drawn.next(),

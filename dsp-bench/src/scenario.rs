@@ -4,19 +4,21 @@
 //! An unknown key, a missing one and a value that breaks a rule are errors that name the file, the
 //! key, the value and the rule.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
-use crate::clip::{self, Clip, ClipError};
+use crate::subject::{Sizes, VideoSizes, WeatherSizes};
 
 /// The scenarios that are compiled in: name, text.
-const BUILT_IN: [(&str, &str); 2] = [
+const BUILT_IN: [(&str, &str); 3] = [
     ("default", include_str!("../scenarios/default.toml")),
     ("small", include_str!("../scenarios/small.toml")),
+    ("weather", include_str!("../scenarios/weather.toml")),
 ];
 
-/// One comparison: the input, the model, the cases, and how long it may take.
+/// One comparison: the model and its input, the cases, and how long it may take.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
@@ -24,30 +26,22 @@ pub struct Scenario {
     pub name: String,
     /// One line for readers of the report.
     pub description: String,
-    /// The y4m file; in the TOML relative to the TOML's folder, after [`Scenario::load`] relative to
-    /// the current one. `None`: the built-in clip.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub clip: Option<PathBuf>,
-    /// Frames that a sample has, before the patch divides them.
-    pub frames: usize,
-    /// Rows of pixels, after cropping and scaling.
-    pub height: usize,
-    /// Columns of pixels, after cropping and scaling.
-    pub width: usize,
-    /// What becomes one token: `[frames, rows, columns]`.
-    pub patch: [usize; 3],
-    /// Samples, taken at different times of the clip.
+    /// Samples, taken at different places of the input.
     pub batch: usize,
     /// The numbers of ranks to compare.
     pub ranks: Vec<usize>,
-    /// Strategies by name; `None`: all that are compiled in.
+    /// Strategies by name, mixtures joined by `+`; `None`: all that are compiled in, and [`mixtures`](Self::mixtures).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategies: Option<Vec<String>>,
+    /// The mixtures that are compared where `strategies` names none. One with a part that is not compiled in is
+    /// refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mixtures: Vec<String>,
     /// What one repeat runs.
     pub passes: Passes,
     /// The type of every float of the model and its input.
     pub dtype: Precision,
-    /// Of weights, noise, captions and timesteps.
+    /// Of weights and whatever else is random.
     pub seed: u64,
     /// The largest error allowed against serial: max |Δ| / max(max |serial|, 1e-3).
     pub tolerance: f64,
@@ -60,31 +54,70 @@ pub struct Scenario {
     pub max_repeats: usize,
     /// How long a rank waits for another inside a collective.
     pub deadline_seconds: f64,
-    /// The STDiT-3 to run. (Last, for TOML wants tables after values.)
-    pub model: ModelSize,
+    /// The model to run, and its input. (Last, for TOML wants tables after values.)
+    pub model: ModelSizes,
 }
 
-/// The sizes of the STDiT-3 that a scenario runs; its input has three channels, red, green, blue.
+/// The models that there are, each with its own keys in the table `[model]`, which `kind` tells apart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelSize {
-    /// Pairs of a spatial and a temporal block.
-    pub depth: usize,
-    /// Channels of a token.
-    pub hidden: usize,
-    /// Attention heads.
-    pub heads: usize,
-    /// Width of the feed-forward over `hidden`.
-    pub mlp_ratio: f64,
-    /// Whether queries and keys are normalised per head.
-    pub qk_norm: bool,
-    /// Channels of a caption token, before its projection.
-    pub caption_channels: usize,
-    /// Caption tokens, padding included.
-    pub text_tokens: usize,
-    /// Caption tokens of each sample that are not padding; `None`: all of every sample.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub text_lengths: Option<Vec<usize>>,
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum ModelSizes {
+    /// STDiT-3 on a clip.
+    Video(VideoSizes),
+    /// An axial model on weather fields.
+    Weather(WeatherSizes),
+}
+
+/// A kind of model, as it is called in `[model]` and on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum ModelKind {
+    /// STDiT-3, the video transformer: time and space.
+    Video,
+    /// An axial weather model: time, latitude and longitude.
+    Weather,
+}
+
+impl ModelKind {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Video => "video",
+            Self::Weather => "weather",
+        }
+    }
+
+    /// The name of the built-in scenario that runs it.
+    fn scenario(self) -> &'static str {
+        match self {
+            Self::Video => "default",
+            Self::Weather => "weather",
+        }
+    }
+}
+
+impl ModelSizes {
+    /// Which one it is.
+    pub fn kind(&self) -> ModelKind {
+        match self {
+            Self::Video(_) => ModelKind::Video,
+            Self::Weather(_) => ModelKind::Weather,
+        }
+    }
+
+    /// Its sizes, whatever it is.
+    pub fn sizes(&self) -> &dyn Sizes {
+        match self {
+            Self::Video(sizes) => sizes,
+            Self::Weather(sizes) => sizes,
+        }
+    }
+
+    fn sizes_mut(&mut self) -> &mut dyn Sizes {
+        match self {
+            Self::Video(sizes) => sizes,
+            Self::Weather(sizes) => sizes,
+        }
+    }
 }
 
 /// What one repeat runs.
@@ -139,16 +172,6 @@ pub enum ScenarioError {
         /// The rule, and what to do.
         rule: String,
     },
-    /// A strategy that is not compiled in, or does not exist.
-    #[error("scenario {scenario}: strategies: {given:?} is not among those compiled in: {}; correct the name, or build with the feature of that name", enabled.join(", "))]
-    UnknownStrategy {
-        /// The scenario's name.
-        scenario: String,
-        /// The name given.
-        given: String,
-        /// The names that there are.
-        enabled: Vec<String>,
-    },
 }
 
 impl Scenario {
@@ -171,10 +194,39 @@ impl Scenario {
                 source,
             })?;
         let mut scenario = Self::parse(name_or_path, &text)?;
-        if let (Some(clip), Some(folder)) = (&scenario.clip, Path::new(name_or_path).parent()) {
-            scenario.clip = Some(folder.join(clip));
+        let file = scenario.model.sizes_mut().file();
+        if let (Some(file), Some(folder)) = (file, Path::new(name_or_path).parent()) {
+            *file = folder.join(&*file);
         }
         Ok(scenario)
+    }
+
+    /// The built-in scenario of a model.
+    ///
+    /// # Errors
+    /// Never, unless a built-in scenario is wrong.
+    pub fn of_model(kind: ModelKind) -> Result<Self, ScenarioError> {
+        Self::load(kind.scenario())
+    }
+
+    /// The same comparison of another model, in the sizes of its built-in scenario; unchanged if the model is the
+    /// one that it has.
+    ///
+    /// # Errors
+    /// Never, unless a built-in scenario is wrong.
+    pub fn with_model(self, kind: ModelKind) -> Result<Self, ScenarioError> {
+        if self.model.kind() == kind {
+            return Ok(self);
+        }
+        let of_model = Self::of_model(kind)?;
+        Ok(Self {
+            name: format!("{}, {}", self.name, kind.name()),
+            description: of_model.description,
+            batch: of_model.batch,
+            mixtures: of_model.mixtures,
+            model: of_model.model,
+            ..self
+        })
     }
 
     /// A scenario from TOML text; `file` names it in errors; checked.
@@ -190,144 +242,44 @@ impl Scenario {
         Ok(scenario)
     }
 
-    /// Checks every rule that needs neither the clip nor the strategies; `file` names it in errors.
+    /// Checks every rule that needs neither the input nor the strategies; `file` names it in errors.
     ///
     /// # Errors
     /// [`ScenarioError::Rule`], for the first rule that is broken.
     pub fn check(&self, file: &str) -> Result<(), ScenarioError> {
-        let rule = |holds: bool, key, value: &dyn std::fmt::Debug, rule: String| {
-            if holds {
-                Ok(())
-            } else {
-                Err(ScenarioError::Rule {
-                    file: file.to_owned(),
-                    key,
-                    value: format!("{value:?}"),
-                    rule,
-                })
-            }
-        };
-        let at_least_one = || "must be at least 1".to_owned();
-
-        rule(
+        let rules = Rules { file };
+        rules.hold(
             !self.name.trim().is_empty(),
             "name",
             &self.name,
-            "must not be empty".into(),
+            "must not be empty",
         )?;
-        for (key, value) in [
-            ("frames", self.frames),
-            ("height", self.height),
-            ("width", self.width),
-            ("batch", self.batch),
-            ("model.depth", self.model.depth),
-            ("model.hidden", self.model.hidden),
-            ("model.heads", self.model.heads),
-            ("model.caption_channels", self.model.caption_channels),
-            ("model.text_tokens", self.model.text_tokens),
-            ("min_repeats", self.min_repeats),
-        ] {
-            rule(value > 0, key, &value, at_least_one())?;
-        }
-        rule(
-            self.patch.iter().all(|&side| side > 0),
-            "patch",
-            &self.patch,
-            "each side must be at least 1".into(),
-        )?;
-        for (key, value, side) in [
-            ("frames", self.frames, self.patch[0]),
-            ("height", self.height, self.patch[1]),
-            ("width", self.width, self.patch[2]),
-        ] {
-            rule(
-                value.is_multiple_of(side),
-                key,
-                &value,
-                format!(
-                    "must be a multiple of the patch's side {side}, e.g. {}",
-                    (value / side).max(1) * side
-                ),
-            )?;
-        }
+        rules.at_least_one(&[("batch", self.batch), ("min_repeats", self.min_repeats)])?;
+        self.model.sizes().check(self.batch, &rules)?;
 
-        let ModelSize { hidden, heads, .. } = self.model;
-        rule(
-            hidden.is_multiple_of(heads),
-            "model.hidden",
-            &hidden,
-            format!(
-                "must be a multiple of model.heads = {heads}, for a head has hidden/heads channels"
-            ),
-        )?;
-        rule(
-            (hidden / heads).is_multiple_of(2),
-            "model.hidden",
-            &hidden,
-            format!(
-                "gives heads of {} channels; they must be even, for rotary positions turn pairs",
-                hidden / heads
-            ),
-        )?;
-        rule(
-            hidden.is_multiple_of(4),
-            "model.hidden",
-            &hidden,
-            "must be a multiple of 4, for the position embedding has sine and cosine of rows and columns".into(),
-        )?;
-        let wide = self.model.mlp_ratio * hidden as f64;
-        rule(
-            wide.is_finite() && wide >= 1.0,
-            "model.mlp_ratio",
-            &self.model.mlp_ratio,
-            "must give a feed-forward of at least one channel; 4.0 is usual".into(),
-        )?;
-        if let Some(lengths) = &self.model.text_lengths {
-            rule(
-                lengths.len() == self.batch,
-                "model.text_lengths",
-                lengths,
-                format!(
-                    "must have one length for each of the batch = {} samples",
-                    self.batch
-                ),
-            )?;
-            rule(
-                lengths
-                    .iter()
-                    .all(|length| (1..=self.model.text_tokens).contains(length)),
-                "model.text_lengths",
-                lengths,
-                format!(
-                    "each must lie in 1..={}, model.text_tokens",
-                    self.model.text_tokens
-                ),
-            )?;
-        }
-
-        rule(
+        rules.hold(
             !self.ranks.is_empty(),
             "ranks",
             &self.ranks,
-            "must name at least one number".into(),
+            "must name at least one number",
         )?;
         let unique = |i: usize| !self.ranks[..i].contains(&self.ranks[i]);
-        rule(
+        rules.hold(
             (0..self.ranks.len()).all(|i| self.ranks[i] > 0 && unique(i)),
             "ranks",
             &self.ranks,
-            "each must be at least 1 and stand there once".into(),
+            "each must be at least 1 and stand there once",
         )?;
         if let Some(strategies) = &self.strategies {
-            rule(
+            rules.hold(
                 !strategies.is_empty(),
                 "strategies",
                 strategies,
-                "must name at least one; leave the key out for all that are compiled in".into(),
+                "must name at least one; leave the key out for all that are compiled in",
             )?;
         }
 
-        rule(
+        rules.hold(
             self.max_repeats >= self.min_repeats,
             "max_repeats",
             &self.max_repeats,
@@ -338,88 +290,108 @@ impl Scenario {
             ("time_budget_seconds", self.time_budget_seconds),
             ("deadline_seconds", self.deadline_seconds),
         ] {
-            rule(
+            rules.hold(
                 value.is_finite() && value > 0.0,
                 key,
                 &value,
-                "must be above 0 and finite".into(),
+                "must be above 0 and finite",
             )?;
         }
         Ok(())
     }
 
-    /// The strategies to compare, out of those that are compiled in.
-    ///
-    /// # Errors
-    /// [`ScenarioError::UnknownStrategy`] if one is named that is not there.
-    pub fn chosen_strategies(&self, enabled: &[&str]) -> Result<Vec<String>, ScenarioError> {
-        let owned = || enabled.iter().map(|&name| name.to_owned()).collect();
-        let Some(chosen) = &self.strategies else {
-            return Ok(owned());
-        };
-        match chosen.iter().find(|name| !enabled.contains(&name.as_str())) {
-            Some(given) => Err(ScenarioError::UnknownStrategy {
-                scenario: self.name.clone(),
-                given: given.clone(),
-                enabled: owned(),
-            }),
-            None => Ok(chosen.clone()),
+    /// The strategies to compare, by name: those that are chosen, or all of `enabled` and then the mixtures.
+    pub fn chosen_strategies(&self, enabled: &[&str]) -> Vec<String> {
+        let all = || enabled.iter().map(|&name| name.to_owned());
+        match &self.strategies {
+            Some(chosen) => chosen.clone(),
+            None => all().chain(self.mixtures.clone()).collect(),
         }
     }
+}
 
-    /// Tokens along time, rows and columns.
-    pub fn grid(&self) -> [usize; 3] {
-        [
-            self.frames / self.patch[0],
-            self.height / self.patch[1],
-            self.width / self.patch[2],
-        ]
-    }
+/// Holds values to rules: what breaks one is an error that names file, key, value and rule.
+#[derive(Debug)]
+pub struct Rules<'a> {
+    file: &'a str,
+}
 
-    /// Tokens along time: T.
-    pub fn temporal_tokens(&self) -> usize {
-        self.grid()[0]
-    }
-
-    /// Tokens of a frame: S.
-    pub fn spatial_tokens(&self) -> usize {
-        self.grid()[1] * self.grid()[2]
-    }
-
-    /// Caption tokens of each sample that are not padding.
-    pub fn text_lengths(&self) -> Vec<usize> {
-        self.model
-            .text_lengths
-            .clone()
-            .unwrap_or_else(|| vec![self.model.text_tokens; self.batch])
-    }
-
-    /// The clip's name for tables and reports.
-    pub fn clip_name(&self) -> String {
-        match &self.clip {
-            Some(path) => path.display().to_string(),
-            None => clip::BUILT_IN_NAME.to_owned(),
-        }
-    }
-
-    /// Reads the clip that the scenario names, or the built-in one, whole.
+impl Rules<'_> {
+    /// A rule.
     ///
     /// # Errors
-    /// As [`Clip::read`].
-    pub fn read_clip(&self) -> Result<Clip, ClipError> {
-        match &self.clip {
-            Some(path) => Clip::read(path),
-            None => Clip::built_in(),
+    /// [`ScenarioError::Rule`] unless it holds.
+    pub fn hold(
+        &self,
+        holds: bool,
+        key: &'static str,
+        value: &dyn std::fmt::Debug,
+        rule: impl Into<String>,
+    ) -> Result<(), ScenarioError> {
+        if holds {
+            return Ok(());
         }
+        Err(ScenarioError::Rule {
+            file: self.file.to_owned(),
+            key,
+            value: format!("{value:?}"),
+            rule: rule.into(),
+        })
     }
 
-    /// The pixels that the scenario asks for: `[B, 3, T, H, W]`, row-major, in [−1, 1].
-    ///
-    /// # Errors
-    /// As [`Clip::read`] and [`Clip::batch`].
-    pub fn pixels(&self) -> Result<Vec<f32>, ClipError> {
-        self.read_clip()?
-            .batch(self.batch, self.frames, self.height, self.width)
+    /// Numbers of which none may be 0.
+    pub(crate) fn at_least_one(
+        &self,
+        numbers: &[(&'static str, usize)],
+    ) -> Result<(), ScenarioError> {
+        let mut all = numbers.iter();
+        all.try_for_each(|(key, value)| self.hold(*value > 0, key, value, "must be at least 1"))
+    }
+
+    /// A length that `side` must divide.
+    pub(crate) fn multiple(
+        &self,
+        key: &'static str,
+        value: usize,
+        side: usize,
+        what: &str,
+    ) -> Result<(), ScenarioError> {
+        let near = (value / side).max(1) * side;
+        let rule = format!("must be a multiple of {what} {side}, e.g. {near}");
+        self.hold(value.is_multiple_of(side), key, &value, rule)
+    }
+
+    /// `model.hidden` and `model.heads`, where rotary positions turn pairs of a head's channels.
+    pub(crate) fn heads(&self, hidden: usize, heads: usize) -> Result<(), ScenarioError> {
+        self.at_least_one(&[("model.hidden", hidden), ("model.heads", heads)])?;
+        self.hold(
+            hidden.is_multiple_of(heads),
+            "model.hidden",
+            &hidden,
+            format!(
+                "must be a multiple of model.heads = {heads}, for a head has hidden/heads channels"
+            ),
+        )?;
+        self.hold(
+            (hidden / heads).is_multiple_of(2),
+            "model.hidden",
+            &hidden,
+            format!(
+                "gives heads of {} channels; they must be even, for rotary positions turn pairs",
+                hidden / heads
+            ),
+        )
+    }
+
+    /// `model.mlp_ratio`.
+    pub(crate) fn mlp_ratio(&self, ratio: f64, hidden: usize) -> Result<(), ScenarioError> {
+        let wide = ratio * hidden as f64;
+        self.hold(
+            wide.is_finite() && wide >= 1.0,
+            "model.mlp_ratio",
+            &ratio,
+            "must give a feed-forward of at least one channel; 4.0 is usual",
+        )
     }
 }
 
@@ -442,11 +414,11 @@ impl Precision {
         }
     }
 
-    /// Bytes of one value.
-    pub fn bytes(self) -> usize {
+    /// As Burn has it.
+    pub fn dtype(self) -> DType {
         match self {
-            Self::F32 => 4,
-            Self::F64 => 8,
+            Self::F32 => DType::F32,
+            Self::F64 => DType::F64,
         }
     }
 }
@@ -456,6 +428,7 @@ mod tests {
     use super::*;
 
     const SMALL: &str = BUILT_IN[1].1;
+    const WEATHER: &str = BUILT_IN[2].1;
 
     fn broken(from: &str, to: &str) -> String {
         assert!(SMALL.contains(from), "{from} is not in small.toml");
@@ -465,25 +438,25 @@ mod tests {
     }
 
     #[test]
-    fn the_built_in_scenarios_are_right_and_find_their_pixels() {
+    fn the_built_in_scenarios_are_right_and_find_their_input() {
         for (name, _) in BUILT_IN {
             let scenario = Scenario::load(name).unwrap();
             assert_eq!(scenario.name, name);
-            let pixels = scenario.pixels().unwrap();
-            assert_eq!(
-                pixels.len(),
-                scenario.batch * 3 * scenario.frames * scenario.height * scenario.width
-            );
+            let shape = scenario.model.sizes().subject(&scenario).unwrap().shape();
+            assert_eq!(shape.batch, scenario.batch);
+            shape.check().unwrap();
         }
     }
 
     #[test]
     fn the_default_scenario_has_the_real_width_of_stdit3() {
-        let scenario = Scenario::load("default").unwrap();
-        assert_eq!((scenario.model.hidden, scenario.model.heads), (1152, 16));
-        assert!(scenario.model.depth >= 1);
-        assert!(scenario.temporal_tokens() >= 16);
-        assert!(scenario.spatial_tokens() >= 256);
+        let ModelSizes::Video(sizes) = Scenario::load("default").unwrap().model else {
+            panic!("the default is a video");
+        };
+        assert_eq!((sizes.hidden, sizes.heads), (1152, 16));
+        assert!(sizes.depth >= 1);
+        assert!(sizes.temporal_tokens() >= 16);
+        assert!(sizes.spatial_tokens() >= 256);
     }
 
     #[test]
@@ -517,9 +490,9 @@ mod tests {
     fn every_broken_rule_names_key_value_and_rule() {
         for (from, to, key) in [
             ("name = \"small\"", "name = \" \"", "name"),
-            ("frames = 8", "frames = 0", "frames = 0"),
-            ("height = 32", "height = 33", "height = 33"),
-            ("patch = [1, 8, 8]", "patch = [1, 0, 8]", "patch"),
+            ("frames = 8", "frames = 0", "model.frames = 0"),
+            ("height = 32", "height = 33", "model.height = 33"),
+            ("patch = [1, 8, 8]", "patch = [1, 0, 8]", "model.patch"),
             ("heads = 4", "heads = 5", "model.hidden = 64"),
             ("heads = 4", "heads = 64", "model.hidden = 64"),
             ("hidden = 64", "hidden = 8", "ok"),
@@ -574,14 +547,30 @@ mod tests {
     }
 
     #[test]
-    fn a_clip_is_looked_for_beside_its_scenario() {
+    fn an_input_is_looked_for_beside_its_scenario() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("mine.toml");
-        std::fs::write(&path, format!("clip = \"my.y4m\"\n{SMALL}")).unwrap();
-        let scenario = Scenario::load(path.to_str().unwrap()).unwrap();
-        assert_eq!(scenario.clip, Some(folder.path().join("my.y4m")));
-        let error = scenario.pixels().unwrap_err().to_string();
-        assert!(error.contains("my.y4m"), "{error}");
+        for (text, key, file) in [(SMALL, "clip", "my.y4m"), (WEATHER, "fields", "my.nc")] {
+            let text = text.replacen("kind =", &format!("{key} = {file:?}\nkind ="), 1);
+            std::fs::write(&path, text).unwrap();
+            let mut scenario = Scenario::load(path.to_str().unwrap()).unwrap();
+            let found = scenario.model.sizes_mut().file().clone();
+            assert_eq!(found, Some(folder.path().join(file)));
+            let error = scenario.model.sizes().subject(&scenario).unwrap_err();
+            assert!(error.to_string().contains(file), "{error}");
+        }
+    }
+
+    #[test]
+    fn another_model_keeps_the_cases_and_brings_its_own_sizes_and_mixtures() {
+        let small = Scenario::load("small").unwrap();
+        assert_eq!(small.clone().with_model(ModelKind::Video).unwrap(), small);
+        let weather = Scenario::of_model(ModelKind::Weather).unwrap();
+        let both = small.clone().with_model(ModelKind::Weather).unwrap();
+        assert_eq!(both.name, "small, weather");
+        assert_eq!((both.ranks, both.seed), (small.ranks, small.seed));
+        assert_eq!(both.model, weather.model);
+        assert_eq!(both.mixtures, weather.mixtures);
     }
 
     #[test]
@@ -594,25 +583,12 @@ mod tests {
     }
 
     #[test]
-    fn strategies_are_all_enabled_ones_unless_named() {
+    fn strategies_are_all_enabled_ones_and_the_mixtures_unless_named() {
         let mut scenario = Scenario::load("small").unwrap();
-        assert_eq!(
-            scenario.chosen_strategies(&["dsp", "ulysses"]).unwrap(),
-            ["dsp", "ulysses"]
-        );
-        scenario.strategies = Some(vec!["dsp".into()]);
-        assert_eq!(
-            scenario.chosen_strategies(&["dsp", "ulysses"]).unwrap(),
-            ["dsp"]
-        );
-        scenario.strategies = Some(vec!["dps".into()]);
-        let error = scenario
-            .chosen_strategies(&["dsp", "ulysses"])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("dps") && error.contains("dsp, ulysses"),
-            "{error}"
-        );
+        scenario.mixtures = vec!["dsp+ring".into()];
+        let chosen = |scenario: &Scenario| scenario.chosen_strategies(&["dsp", "ulysses"]);
+        assert_eq!(chosen(&scenario), ["dsp", "ulysses", "dsp+ring"]);
+        scenario.strategies = Some(vec!["ulysses+dsp".into()]);
+        assert_eq!(chosen(&scenario), ["ulysses+dsp"]);
     }
 }

@@ -48,22 +48,18 @@ pub fn render(comparison: &Comparison) -> String {
 /// What was compared and where, in two lines.
 fn heading(comparison: &Comparison) -> String {
     let scenario = &comparison.scenario;
-    let model = &scenario.model;
+    let model = scenario.model.sizes().describe(scenario.batch);
     let machine = &comparison.machine;
     let cores = if machine.cores == 1 { "core" } else { "cores" };
     let memory = machine
         .memory_bytes
         .map_or(String::new(), |m| format!(", {}", bytes(m)));
     wrap(&format!(
-        "{}: STDiT-3, {} spatial/temporal {}, hidden {}, {} heads; batch {}, T {} × S {} tokens, {}, {}",
+        "{}: {}; batch {}, {}, {}, {}",
         scenario.name,
-        model.depth,
-        if model.depth == 1 { "pair" } else { "pairs" },
-        model.hidden,
-        model.heads,
+        model.model,
         scenario.batch,
-        scenario.temporal_tokens(),
-        scenario.spatial_tokens(),
+        model.tokens,
         scenario.dtype.label(),
         scenario.passes.label()
     )) + "\n"

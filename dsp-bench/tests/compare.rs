@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
 
+mod common;
+
+use common::{Refusal, softmax_refusal};
 use dsp_bench::compare::{Comparer, Meter};
 use dsp_bench::progress::Progress;
 use dsp_bench::record::{Comparison, Outcome};
-use dsp_bench::scenario::Scenario;
+use dsp_bench::scenario::{ModelKind, ModelSizes, Scenario};
 use dsp_bench::{report, table};
 
 /// No allocator and no trace.
@@ -24,7 +27,10 @@ impl Meter for Nothing {
 }
 
 fn compare(change: impl Fn(&mut Scenario)) -> Comparison {
-    let mut scenario = Scenario::load("small").unwrap();
+    compare_in(Scenario::load("small").unwrap(), change)
+}
+
+fn compare_in(mut scenario: Scenario, change: impl Fn(&mut Scenario)) -> Comparison {
     (scenario.min_repeats, scenario.max_repeats) = (2, 2);
     change(&mut scenario);
     scenario.check("the test").unwrap();
@@ -33,12 +39,36 @@ fn compare(change: impl Fn(&mut Scenario)) -> Comparison {
     comparer.run(&quiet, &Nothing).unwrap()
 }
 
+/// The strategies beside serial.
+fn others() -> usize {
+    dsp_strategies::all().len() - 1
+}
+
+/// Serial and `cases` others: timed, but refused where `refusal` says so and for that reason.
+fn assert_refusals(
+    comparison: &Comparison,
+    cases: usize,
+    refusal: impl Fn(&str, usize) -> Refusal,
+) {
+    assert_eq!(comparison.rows.len(), 1 + cases);
+    for row in &comparison.rows {
+        match (&row.outcome, refusal(&row.strategy, row.ranks)) {
+            (Outcome::Timed(_), None) => {}
+            (Outcome::Refused { reason }, Some(words)) => {
+                assert!(reason.contains(words), "{}: {reason}", row.case());
+            }
+            (outcome, expected) => panic!("{}: {expected:?}, but {outcome:?}", row.case()),
+        }
+    }
+}
+
 #[test]
 fn every_strategy_is_exact_and_sends_what_its_formula_says_on_the_clip() {
     let comparison = compare(|_| {});
     assert!(comparison.all_well(), "{}", comparison.finding());
-    // Serial, and two strategies on one to four ranks.
-    assert_eq!(comparison.timed().count(), 9);
+    assert_refusals(&comparison, 4 * others(), |strategy, ranks| {
+        softmax_refusal(strategy, 2, 4, ranks)
+    });
     for (row, measured) in comparison.timed().filter(|(row, _)| row.ranks > 1) {
         assert!(measured.traffic.busiest_rank_bytes() > 0, "{}", row.case());
     }
@@ -62,19 +92,82 @@ fn a_forward_pass_alone_is_compared_without_gradients() {
 #[test]
 fn a_case_that_a_strategy_cannot_run_is_a_row_with_the_reason() {
     let comparison = compare(|scenario| scenario.ranks = vec![5]);
-    let refused: Vec<_> = comparison
-        .rows
-        .iter()
-        .filter_map(|row| match &row.outcome {
-            Outcome::Refused { reason } => Some((row.case(), reason.clone())),
-            _ => None,
-        })
-        .collect();
-    // Four heads.
-    let [(case, reason)] = &refused[..] else {
-        panic!("{refused:?}");
-    };
-    assert_eq!(case, "Ulysses on 5 ranks");
-    assert!(reason.contains("4 query heads over 5 ranks"), "{reason}");
+    assert_refusals(&comparison, others(), |strategy, ranks| {
+        softmax_refusal(strategy, 2, 4, ranks)
+    });
+    let ulysses = comparison.rows.iter().find(|row| row.strategy == "ulysses");
+    if let Some(row) = ulysses {
+        let reason = "4 query heads over 5 ranks";
+        assert!(
+            matches!(&row.outcome, Outcome::Refused { reason: found } if found.contains(reason))
+        );
+    }
     assert!(comparison.all_well());
+}
+
+#[test]
+fn mixtures_are_compared_and_one_whose_part_is_not_there_is_refused() {
+    let others = ["dsp", "ulysses"];
+    let compiled = |name: &str| dsp_strategies::by_name(name).is_ok();
+    let comparison = compare(|scenario| {
+        scenario.ranks = vec![2];
+        scenario.mixtures = vec!["dsp+ulysses".into(), "dsp+nothing".into()];
+    });
+    assert!(comparison.all_well(), "{}", comparison.finding());
+    let [.., mixture, absent] = &comparison.rows[..] else {
+        panic!("{:?}", comparison.rows);
+    };
+    assert_eq!(mixture.strategy, "dsp+ulysses");
+    assert_eq!(
+        matches!(mixture.outcome, Outcome::Timed(_)),
+        others.into_iter().all(compiled)
+    );
+    let Outcome::Refused { reason } = &absent.outcome else {
+        panic!("{:?}", absent.outcome);
+    };
+    assert!(reason.contains("\"nothing\""), "{reason}");
+}
+
+#[test]
+fn a_strategy_that_is_asked_for_and_not_there_ends_the_comparison_before_any_work() {
+    let mut scenario = Scenario::load("small").unwrap();
+    scenario.strategies = Some(vec!["serial+nothing".into()]);
+    let error = Comparer::new(scenario).unwrap_err().to_string();
+    assert!(
+        error.contains("\"nothing\"") && error.contains("serial"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_weather_model_is_compared_on_the_fields_and_named_in_what_is_shown() {
+    let small = Scenario::load("small").unwrap();
+    let comparison = compare_in(small.with_model(ModelKind::Weather).unwrap(), |scenario| {
+        scenario.ranks = vec![3];
+        let ModelSizes::Weather(sizes) = &mut scenario.model else {
+            panic!("{:?}", scenario.model);
+        };
+        (sizes.times, sizes.latitudes, sizes.longitudes) = (4, 7, 5);
+        (sizes.hidden, sizes.heads, sizes.depth) = (16, 4, 1);
+    });
+    assert!(comparison.all_well(), "{}", comparison.finding());
+    let weather = |strategy: &str, ranks| match strategy {
+        // The scenario's mixture is DSP here, if both are compiled in.
+        "dsp+ulysses" => match dsp_strategies::by_name(strategy) {
+            Ok(_) => None,
+            Err(_) => Some("no strategy is called"),
+        },
+        _ => softmax_refusal(strategy, 3, 4, ranks),
+    };
+    assert_refusals(&comparison, others() + 1, weather);
+    for shown in [
+        table::render(&comparison),
+        report::render(&comparison, None).unwrap(),
+    ] {
+        assert!(shown.contains("axial weather model"), "{shown}");
+        assert!(
+            !shown.contains("STDiT") && !shown.contains("video"),
+            "{shown}"
+        );
+    }
 }

@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
 
-use std::collections::HashMap;
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use common::{Refusal, softmax_refusal};
 use dsp_bench::reference::ReferenceError;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{Options, Record, VerifyError, verify};
@@ -18,69 +21,108 @@ fn options(precision: Precision, tolerance: f64) -> Options {
     Options {
         precision,
         tolerance,
-        ranks: vec![1, 2, 3, 4],
+        ranks: RANKS.to_vec(),
     }
 }
 
-/// Every file passes; returns how many comparisons that were, and the refusals.
-fn assert_passes(path: &Path, precision: Precision, tolerance: f64) -> (usize, Vec<String>) {
-    let records = verify(path, &options(precision, tolerance), &|_| {}).unwrap();
-    let mut refusals = Vec::new();
-    let mut compared = 0;
-    for record in records {
-        match record {
-            Record::Comparison { pass, .. } => {
-                assert!(pass, "{record:?}");
-                compared += 1;
+const RANKS: [usize; 4] = [1, 2, 3, 4];
+
+/// Both float types, with what they are held to: files are stored in f32.
+const PRECISIONS: [(Precision, f64); 2] = [(Precision::F32, 2e-5), (Precision::F64, 3e-7)];
+
+/// Every strategy on each number of ranks that is run: serial on one.
+fn runs() -> Vec<(String, usize)> {
+    let mut runs = Vec::new();
+    for strategy in dsp_strategies::all() {
+        for ranks in RANKS {
+            if strategy.name() != "serial" || ranks == 1 {
+                runs.push((strategy.name().to_owned(), ranks));
             }
-            Record::Refusal {
-                case,
-                strategy,
-                ranks,
-                ..
-            } => refusals.push(format!("{case}: {strategy} × {ranks}")),
         }
     }
-    (compared, refusals)
+    runs
+}
+
+/// Verifies a file. In each case every run must meet all of the tensors that serial meets, or be refused where
+/// `refusal` says so and for that reason.
+fn assert_met(path: &Path, refusal: impl Fn(&str, &str, usize) -> Refusal) {
+    for (precision, tolerance) in PRECISIONS {
+        let records = verify(path, &options(precision, tolerance), &|_| {}).unwrap();
+        let mut met: BTreeMap<(String, String, usize), BTreeSet<String>> = BTreeMap::new();
+        let mut reasons = BTreeMap::new();
+        for record in records {
+            match record {
+                Record::Comparison { pass: false, .. } => panic!("{record:?}"),
+                Record::Comparison {
+                    case,
+                    tensor,
+                    strategy,
+                    ranks,
+                    ..
+                } => {
+                    let run = met.entry((case, strategy, ranks)).or_default();
+                    assert!(run.insert(tensor));
+                }
+                Record::Refusal {
+                    case,
+                    strategy,
+                    ranks,
+                    reason,
+                    ..
+                } => assert!(reasons.insert((case, strategy, ranks), reason).is_none()),
+            }
+        }
+        let cases: BTreeSet<String> = met.keys().map(|(case, ..)| case.clone()).collect();
+        for case in cases {
+            let serial = &met[&(case.clone(), "serial".to_owned(), 1)];
+            for (strategy, ranks) in runs() {
+                let label = format!("{}: {case}: {strategy} × {ranks}", path.display());
+                let run = (case.clone(), strategy.clone(), ranks);
+                match refusal(&case, &strategy, ranks) {
+                    None => assert_eq!(met.get(&run), Some(serial), "{label}"),
+                    Some(words) => {
+                        assert!(!met.contains_key(&run), "{label} was not refused");
+                        let reason = &reasons[&run];
+                        assert!(reason.contains(words), "{label}: {reason}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Who refuses a bare softmax attention over the only axis.
+fn bare_refusal(strategy: &str, query_heads: usize, ranks: usize) -> Refusal {
+    match strategy {
+        // On one rank nothing is sharded.
+        "megatron" if ranks > 1 => Some("shards the projections"),
+        _ => softmax_refusal(strategy, 1, query_heads, ranks),
+    }
 }
 
 #[test]
-fn every_tensor_of_every_reference_file_is_met_under_every_strategy_in_f32_and_f64() {
-    for (file, case_tensors) in [
-        ("dsp-models/tests/fixtures/stdit3_block.safetensors", 44),
-        (
-            "dsp-models/tests/fixtures/stdit3_block_xmask.safetensors",
-            10,
-        ),
-        ("dsp-models/tests/fixtures/stdit3_model.safetensors", 25),
+fn every_tensor_of_every_stdit3_file_is_met_under_every_strategy_in_f32_and_f64() {
+    for file in [
+        "dsp-models/tests/fixtures/stdit3_block.safetensors",
+        "dsp-models/tests/fixtures/stdit3_block_xmask.safetensors",
+        "dsp-models/tests/fixtures/stdit3_model.safetensors",
     ] {
-        for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::F64, 3e-7)] {
-            let (compared, refusals) = assert_passes(&fixture(file), precision, tolerance);
-            assert!(refusals.is_empty(), "{file}: {refusals:?}");
-            // Serial on one rank, the two others on one to four.
-            assert!(
-                compared >= 9 * (case_tensors - 5),
-                "{file}: only {compared}"
-            );
-        }
+        assert_met(&fixture(file), |_, strategy, ranks| {
+            softmax_refusal(strategy, 2, 4, ranks)
+        });
     }
 }
 
 #[test]
 fn attention_is_met_in_all_cases_but_those_that_a_strategy_rightly_refuses() {
     let file = fixture("dsp-core/tests/fixtures/attention.safetensors");
-    for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::F64, 3e-7)] {
-        let (compared, refusals) = assert_passes(&file, precision, tolerance);
-        // Five tensors of eight cases: serial; DSP on one rank; Ulysses on four, less two cases of two heads.
-        assert_eq!(compared, 5 * (8 + 8 + 4 * 8 - 2 * 2));
-        for refusal in refusals {
-            let one_axis = refusal.contains("dsp × ") && !refusal.ends_with("× 1");
-            let few_heads = ["mha_causal_len1: ulysses", "mha_causal_sharp: ulysses"]
-                .iter()
-                .any(|case| refusal.starts_with(case));
-            assert!(one_axis || few_heads, "{refusal}");
-        }
-    }
+    assert_met(&file, |case, strategy, ranks| {
+        let query_heads = match case {
+            "mha_causal_len1" | "mha_causal_sharp" => 2,
+            _ => 4,
+        };
+        bare_refusal(strategy, query_heads, ranks)
+    });
 }
 
 /// A copy of the attention file with its tensors and metadata changed.
@@ -151,8 +193,11 @@ fn wrong_files_are_refused_with_what_is_wrong_and_a_wrong_number_fails() {
             _ => None,
         })
         .collect();
-    // Serial, DSP on one rank, Ulysses on one to four.
-    assert_eq!(failed, vec!["gqa_full.dk"; 6]);
+    // In every run that is not refused: of eight query heads.
+    let runs = runs();
+    let met = |(name, ranks): &&(String, usize)| bare_refusal(name, 8, *ranks).is_none();
+    let count = runs.iter().filter(met).count();
+    assert_eq!(failed, vec!["gqa_full.dk"; count]);
 
     let absent = folder.join("absent.safetensors");
     assert!(

@@ -8,7 +8,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::language::LanguageCase;
 use common::{Fixture, Values, launch, named, summed, whole};
 use dsp_core::strategy::{AttentionStage, Closing, OutputLayout, Part, Role, StageKind, Units};
@@ -17,9 +17,9 @@ use dsp_core::{
     Stage,
 };
 use dsp_models::error::{ConfigError, ModelError};
-use dsp_models::language::{LanguageConfig, Layers, LinearAttention, Tokens};
+use dsp_models::language::{LanguageConfig, Layers, LinearAttention, Tokens, next_token_loss};
 use dsp_models::random::{Draws, Purpose};
-use dsp_models::weights::{Weights, cast, load, to_bytes};
+use dsp_models::weights::{Weights, WeightsError, cast, load, named_parameters, to_bytes};
 use proptest::prelude::*;
 
 /// f32: some twenty times the original's own difference between f32 and f64. f64: the references' storage in f32.
@@ -330,28 +330,71 @@ fn more_ranks_than_tokens_or_heads_agree_with_serial() {
 
 #[test]
 fn weights_come_back_from_a_file_under_hugging_faces_names() {
-    let (_, case) = llama();
+    let (fixture, case) = llama();
     let bytes = to_bytes(&case.template).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    assert_eq!(
-        file.tensor("model.layers.1.self_attn.k_proj.weight")
-            .unwrap()
-            .shape(),
-        [16, 64]
-    );
+    let mut names = file.names();
+    names.sort_unstable();
+    let published = fixture.names();
+    let mut published: Vec<_> = (published.iter())
+        .filter_map(|name| name.strip_prefix("param."))
+        .collect();
+    published.sort_unstable();
+    assert_eq!(names, published);
+
     let fresh = case.config.init(5, &Device::flex()).unwrap();
     let loaded = load(fresh, &Weights::bytes(bytes), DType::F64).unwrap();
-    let values = |model: &dsp_models::language::CausalLm| {
-        let weight = model.model.layers[1]
-            .self_attn
-            .as_ref()
-            .unwrap()
-            .k_proj
-            .weight
-            .val();
-        weight.to_data().iter::<f64>().collect::<Vec<_>>()
+    for (name, data) in named_parameters(&loaded).unwrap() {
+        // Stored as f32 there, and held as f64 here: the same numbers, in the original's layout.
+        assert_eq!(
+            Values::of(&data),
+            fixture.get(&format!("param.{name}")),
+            "{name}"
+        );
+    }
+}
+
+/// Hugging Face writes tied weights once, as the embedding's.
+#[test]
+fn a_file_of_tied_weights_has_no_head_and_gives_the_same_model_back() {
+    let config = LanguageConfig::new(7, 8, 5, 1, 2, 1).with_tie_word_embeddings(true);
+    let [saved, fresh] = [1, 2].map(|seed| config.init(seed, &Device::flex()).unwrap());
+    let bytes = to_bytes(&saved).unwrap();
+    let saved = named_parameters(&saved).unwrap();
+    assert!(saved.contains_key("model.embed_tokens.weight"));
+    assert!(!saved.contains_key("lm_head.weight"));
+    assert_ne!(named_parameters(&fresh).unwrap(), saved);
+    let loaded = load(fresh, &Weights::bytes(bytes.clone()), DType::F32).unwrap();
+    assert_eq!(named_parameters(&loaded).unwrap(), saved);
+
+    let untied = config.with_tie_word_embeddings(false);
+    let untied = untied.init(2, &Device::flex()).unwrap();
+    let error = load(untied, &Weights::bytes(bytes), DType::F32).unwrap_err();
+    let WeightsError::Missing { names, .. } = error else {
+        panic!("{error}")
     };
-    assert_eq!(values(&loaded), values(&case.template));
+    assert_eq!(names, ["lm_head.weight"]);
+}
+
+#[test]
+fn the_loss_and_its_gradient_are_finite_and_exact_for_large_logits() {
+    let shape = LanguageConfig::new(2, 4, 3, 1, 2, 1).shape(1, 3, &Mask::Causal);
+    let serial = Arc::new(dsp_strategies::Serial);
+    let session = Session::new(serial, dsp_core::Group::alone(), shape).unwrap();
+    let tokens = Tokens::new(vec![vec![1, 0, 1]]).unwrap();
+    for dtype in [DType::F32, DType::F64] {
+        // Position 0 is sure of the wrong token, 1 of the right one; what 2 says has no target.
+        let values = vec![-1000.0, 1000.0, -1000.0, 1000.0, 5.0, -7.0];
+        let data = TensorData::new(values, [1, 3, 1, 1, 2]);
+        let options = (&Device::flex().autodiff(), dtype);
+        let leaf = Tensor::<5>::from_data(data, options).require_grad();
+        let logits = Shard::new(leaf.clone(), session.plan().input.clone(), 0).unwrap();
+        let loss = next_token_loss(&logits, &tokens);
+        assert_eq!(Values::of(&loss.to_data()).values, [1000.0]);
+        let gradient = leaf.grad(&loss.backward()).unwrap();
+        let expected = [-0.5, 0.5, 0.0, 0.0, 0.0, 0.0];
+        assert_eq!(Values::of(&gradient.into_data()).values, expected);
+    }
 }
 
 #[test]

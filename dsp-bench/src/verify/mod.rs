@@ -269,7 +269,7 @@ fn run(
     precision: Precision,
 ) -> Result<Result<Produced, String>, LaunchError> {
     let (case, strategy) = (case.clone(), strategy.clone());
-    let dtype = dtype(precision);
+    let dtype = precision.dtype();
     let launch = Launch::new(ranks).timeout(Duration::from_secs(120));
     let runs = launch.run(
         move |group| match case.run(strategy.clone(), group, dtype) {
@@ -282,14 +282,6 @@ fn run(
     )?;
     let mut runs = runs.into_iter();
     Ok(runs.next().unwrap_or_else(|| Ok(Produced::new())))
-}
-
-/// Burn's name of a float type.
-pub fn dtype(precision: Precision) -> DType {
-    match precision {
-        Precision::F32 => DType::F32,
-        Precision::F64 => DType::F64,
-    }
 }
 
 /// `max|Δ| / max(max|reference|, 1e-3)`; infinite for another shape or a value that is not finite.
