@@ -7,7 +7,7 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
-use common::{Refusal, softmax_refusal};
+use common::{Refusal, linear_refusal, softmax_refusal};
 use dsp_bench::reference::ReferenceError;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{Options, Record, VerifyError, verify};
@@ -123,6 +123,39 @@ fn attention_is_met_in_all_cases_but_those_that_a_strategy_rightly_refuses() {
         };
         bare_refusal(strategy, query_heads, ranks)
     });
+}
+
+#[test]
+fn merged_blocks_linear_attention_and_whole_models_are_met_but_where_a_strategy_rightly_refuses() {
+    let file = fixture("dsp-core/tests/fixtures/ring_merge.safetensors");
+    assert_met(&file, |_, strategy, ranks| bare_refusal(strategy, 3, ranks));
+    for file in ["linear_attention_decay", "linear_attention_fla"] {
+        let file = fixture(&format!("dsp-core/tests/fixtures/{file}.safetensors"));
+        assert_met(&file, |case, strategy, ranks| {
+            let query_heads = match case {
+                "alibi6" => 6,
+                "fast" => 2,
+                "zero" => 3,
+                _ => 4,
+            };
+            match strategy {
+                "megatron" if ranks > 1 => Some("shards the projections"),
+                _ => linear_refusal(strategy, query_heads, ranks),
+            }
+        });
+    }
+    let model = |name: &str| fixture(&format!("dsp-models/tests/fixtures/{name}.safetensors"));
+    assert_met(&model("tnl_attention"), |_, strategy, ranks| {
+        linear_refusal(strategy, 4, ranks)
+    });
+    assert_met(&model("llama_lm"), |_, strategy, ranks| {
+        softmax_refusal(strategy, 1, 8, ranks)
+    });
+    for name in ["vit_timm", "vit_torchvision"] {
+        assert_met(&model(name), |_, strategy, ranks| {
+            softmax_refusal(strategy, 1, 4, ranks)
+        });
+    }
 }
 
 /// A copy of the attention file with its tensors and metadata changed.

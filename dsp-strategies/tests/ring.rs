@@ -94,8 +94,8 @@ fn the_error_in_f32_does_not_grow_with_the_ranks() {
             pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
         };
         let alone = error(1);
-        // Values are of the size of 1, so that alone it is a few roundings of f32.
-        assert!(alone > 0.0 && alone < 1e-6, "{alone:e}");
+        // Values and gradients are of the size of a few units: alone, the error is some roundings of f32.
+        assert!(alone > 0.0 && alone < 1e-5, "{alone:e}");
         for ranks in 2..=16 {
             let error = error(ranks);
             assert!(

@@ -11,10 +11,7 @@ use crate::architecture::{self, Package};
 use crate::command::{answers, cargo, installed, run};
 
 /// Where the reference files stand that `dsp verify` is run on: a folder takes all of its files.
-const FIXTURES: [&str; 2] = [
-    "dsp-models/tests/fixtures",
-    "dsp-core/tests/fixtures/attention.safetensors",
-];
+const FIXTURES: [&str; 2] = ["dsp-models/tests/fixtures", "dsp-core/tests/fixtures"];
 
 /// Runs every step, or all but the tests, and prints what each took.
 pub(crate) fn ci(skip_tests: bool) -> Result<()> {

@@ -5,7 +5,12 @@
 //! come back, and is compared; a gradient of a parameter after the sum over the ranks.
 
 mod attention;
+mod language;
+mod linear;
+mod merge;
+mod shared;
 mod stdit;
+mod vit;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -73,8 +78,15 @@ impl From<dsp_core::layout::LayoutError> for CaseError {
 type Open = fn(&Reference) -> Result<Vec<Arc<dyn Case>>, ReferenceError>;
 
 /// The kinds of files that are known, and what opens them.
-const KINDS: [(&str, Open); 4] = [
+const KINDS: [(&str, Open); 11] = [
     ("attention", attention::open),
+    ("ring_merge", merge::open),
+    ("linear_attention_decay", linear::open_decay),
+    ("linear_attention_fla", linear::open_fla),
+    ("tnl_attention", language::open_attention),
+    ("llama_lm", language::open_llama),
+    ("vit_timm", vit::open_timm),
+    ("vit_torchvision", vit::open_torchvision),
     ("stdit3_block", stdit::open_block),
     ("stdit3_block_xmask", stdit::open_block),
     ("stdit3_model", stdit::open_model),

@@ -22,3 +22,12 @@ pub(crate) fn softmax_refusal(
         _ => None,
     }
 }
+
+/// Who refuses linear attention over the only sequence axis.
+pub(crate) fn linear_refusal(strategy: &str, query_heads: usize, ranks: usize) -> Refusal {
+    match strategy {
+        "lasp" | "lasp2" => None,
+        "ring" | "usp" | "lss" if ranks > 1 => Some("this one is linear"),
+        _ => softmax_refusal(strategy, 1, query_heads, ranks),
+    }
+}
