@@ -3,6 +3,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`scenario`], [`clip`] | what is compared, from a TOML file; the video that a model may run on |
+//! | [`text`] | text, a token a byte |
 //! | [`fields`] | real weather: variables over time, latitude and longitude from a NetCDF file |
 //! | [`subject`] | the models that it may run, each with its sizes and input, and one step of them |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
@@ -21,5 +22,6 @@ pub mod report;
 pub mod scenario;
 pub mod subject;
 pub mod table;
+pub mod text;
 pub mod tracefile;
 pub mod verify;

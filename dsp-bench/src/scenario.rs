@@ -7,14 +7,19 @@
 use std::path::Path;
 
 use burn::tensor::DType;
+use dsp_models::language::Layers;
 use serde::{Deserialize, Serialize};
 
-use crate::subject::{Sizes, VideoSizes, WeatherSizes};
+use crate::subject::{LanguageSizes, Sizes, VideoSizes, VitSizes, WeatherSizes};
 
 /// The scenarios that are compiled in: name, text.
-const BUILT_IN: [(&str, &str); 3] = [
+const BUILT_IN: [(&str, &str); 7] = [
     ("default", include_str!("../scenarios/default.toml")),
     ("small", include_str!("../scenarios/small.toml")),
+    ("lm", include_str!("../scenarios/lm.toml")),
+    ("linear-lm", include_str!("../scenarios/linear-lm.toml")),
+    ("hybrid", include_str!("../scenarios/hybrid.toml")),
+    ("vit", include_str!("../scenarios/vit.toml")),
     ("weather", include_str!("../scenarios/weather.toml")),
 ];
 
@@ -64,6 +69,10 @@ pub struct Scenario {
 pub enum ModelSizes {
     /// STDiT-3 on a clip.
     Video(VideoSizes),
+    /// A causal language model on text.
+    Language(LanguageSizes),
+    /// A vision transformer on frames of a clip.
+    Vit(VitSizes),
     /// An axial model on weather fields.
     Weather(WeatherSizes),
 }
@@ -73,6 +82,14 @@ pub enum ModelSizes {
 pub enum ModelKind {
     /// STDiT-3, the video transformer: time and space.
     Video,
+    /// A language model of LLaMA's kind: tokens.
+    Lm,
+    /// A language model of linear attention with decay.
+    LinearLm,
+    /// A language model with both kinds of layers.
+    Hybrid,
+    /// A vision transformer: patches.
+    Vit,
     /// An axial weather model: time, latitude and longitude.
     Weather,
 }
@@ -82,6 +99,10 @@ impl ModelKind {
     pub fn name(self) -> &'static str {
         match self {
             Self::Video => "video",
+            Self::Lm => "lm",
+            Self::LinearLm => "linear-lm",
+            Self::Hybrid => "hybrid",
+            Self::Vit => "vit",
             Self::Weather => "weather",
         }
     }
@@ -90,7 +111,7 @@ impl ModelKind {
     fn scenario(self) -> &'static str {
         match self {
             Self::Video => "default",
-            Self::Weather => "weather",
+            other => other.name(),
         }
     }
 }
@@ -100,6 +121,12 @@ impl ModelSizes {
     pub fn kind(&self) -> ModelKind {
         match self {
             Self::Video(_) => ModelKind::Video,
+            Self::Language(sizes) => match sizes.layers {
+                Layers::Softmax => ModelKind::Lm,
+                Layers::Linear => ModelKind::LinearLm,
+                Layers::Hybrid { .. } => ModelKind::Hybrid,
+            },
+            Self::Vit(_) => ModelKind::Vit,
             Self::Weather(_) => ModelKind::Weather,
         }
     }
@@ -108,6 +135,8 @@ impl ModelSizes {
     pub fn sizes(&self) -> &dyn Sizes {
         match self {
             Self::Video(sizes) => sizes,
+            Self::Language(sizes) => sizes,
+            Self::Vit(sizes) => sizes,
             Self::Weather(sizes) => sizes,
         }
     }
@@ -115,6 +144,8 @@ impl ModelSizes {
     fn sizes_mut(&mut self) -> &mut dyn Sizes {
         match self {
             Self::Video(sizes) => sizes,
+            Self::Language(sizes) => sizes,
+            Self::Vit(sizes) => sizes,
             Self::Weather(sizes) => sizes,
         }
     }

@@ -7,8 +7,12 @@
 //! |---|---|---|---|
 //! | `video` | `video` | STDiT-3 | a clip |
 //! | `weather` | `weather` | an axial transformer | fields on the globe |
+//! | `language` | `language` | a causal language model: softmax, linear or hybrid | text |
+//! | `vit` | `vit` | a vision transformer | frames of a clip |
 
+mod language;
 mod video;
+mod vit;
 mod weather;
 
 use std::collections::BTreeMap;
@@ -24,13 +28,17 @@ use dsp_core::gradients::reduced_parameters;
 use dsp_core::ledger::Phase;
 use dsp_core::{CommError, Loss, ModelShape, Placed, PlanError, Session, Shard};
 use dsp_models::error::{ConfigError, ModelError};
+use dsp_models::vit::gather_logits;
 use dsp_models::weights::{OriginalNames, WeightsError, named_gradients};
 
 use crate::clip::ClipError;
 use crate::fields::FieldsError;
 use crate::scenario::{Passes, Rules, Scenario, ScenarioError};
+use crate::text::TextError;
 
+pub use language::LanguageSizes;
 pub use video::VideoSizes;
+pub use vit::VitSizes;
 pub use weather::WeatherSizes;
 
 /// Why a subject cannot be built or run.
@@ -43,6 +51,9 @@ pub enum SubjectError {
     /// The fields cannot be used.
     #[error(transparent)]
     Fields(#[from] FieldsError),
+    /// The text cannot be used.
+    #[error(transparent)]
+    Text(#[from] TextError),
     /// The scenario's sizes describe no model.
     #[error("the scenario's model: {0}")]
     Config(#[from] ConfigError),
@@ -174,8 +185,17 @@ impl Pass {
 pub struct Run {
     /// The input, where it has a gradient: whole on every rank.
     input: Option<Tensor<5>>,
-    output: Shard,
+    output: Output,
     loss: Loss,
+}
+
+/// What a forward pass gives.
+#[derive(Debug)]
+enum Output {
+    /// A part of it on each rank.
+    Shard(Shard),
+    /// The logits of classes, on the rank that has the class token.
+    Classes(Tensor<5>),
 }
 
 /// The gradients of a step on this rank: of the parameters, after the sum over the ranks, and this rank's
@@ -275,8 +295,16 @@ impl<W: Workload> OnRank for Placement<'_, W> {
     }
 
     fn output(&self, run: &Run) -> Result<TensorData, SubjectError> {
-        let output = run.output.clone().detach();
-        Ok(self.session.gather(output)?.into_data())
+        match &run.output {
+            Output::Shard(output) => {
+                let output = output.clone().detach();
+                Ok(self.session.gather(output)?.into_data())
+            }
+            Output::Classes(logits) => {
+                let logits = gather_logits(logits.clone(), self.session)?;
+                Ok(logits.into_data())
+            }
+        }
     }
 
     fn whole(&self, gradients: StepGradients) -> Result<Gradients, SubjectError> {

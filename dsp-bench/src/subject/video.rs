@@ -12,7 +12,7 @@ use dsp_models::video_dit::{
 use dsp_models::weights::cast;
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Pass, Run, Sizes, Subject, SubjectError, Workload};
+use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
 use crate::clip::{self, Clip, ClipError};
 use crate::scenario::{Rules, Scenario, ScenarioError};
 
@@ -301,7 +301,7 @@ impl Workload for Video {
         let loss = (error.clone() * error).sum().mul_scalar(1.0 / count as f64);
         Ok(Run {
             input: Some(video),
-            output,
+            output: Output::Shard(output),
             loss: Loss::OfShard(loss),
         })
     }

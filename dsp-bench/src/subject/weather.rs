@@ -10,7 +10,7 @@ use dsp_models::weather::{Grid, Weather, loss, roles};
 use dsp_models::weights::cast;
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Pass, Run, Sizes, Subject, SubjectError, Workload};
+use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
 use crate::fields::{self, BUILT_IN_VARIABLES, Fields, FieldsError};
 use crate::scenario::{Rules, Scenario, ScenarioError};
 
@@ -175,7 +175,7 @@ impl Workload for Forecast {
         let loss = loss(&output, pass.constant(&self.next), &self.grid)?;
         Ok(Run {
             input: Some(fields),
-            output,
+            output: Output::Shard(output),
             loss: Loss::OfShard(loss),
         })
     }
