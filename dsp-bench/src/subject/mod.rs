@@ -1,6 +1,6 @@
 //! What a comparison runs: a model with its weights and inputs, and one step of it on a rank.
 //!
-//! One file a model: its sizes as a scenario says them, its rules, how it is described, and its [`Workload`]. The
+//! One file a model: its sizes as a scenario says them, its rules, how it is described, and its `Workload`. The
 //! rest of the program sees a [`Subject`] and knows no model.
 //!
 //! | file | kind | model | input |
