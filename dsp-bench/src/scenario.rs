@@ -459,7 +459,9 @@ mod tests {
     use super::*;
 
     const SMALL: &str = BUILT_IN[1].1;
-    const WEATHER: &str = BUILT_IN[2].1;
+    const WEATHER: &str = include_str!("../scenarios/weather.toml");
+    const LANGUAGE: &str = include_str!("../scenarios/lm.toml");
+    const VIT: &str = include_str!("../scenarios/vit.toml");
 
     fn broken(from: &str, to: &str) -> String {
         assert!(SMALL.contains(from), "{from} is not in small.toml");
@@ -581,7 +583,12 @@ mod tests {
     fn an_input_is_looked_for_beside_its_scenario() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("mine.toml");
-        for (text, key, file) in [(SMALL, "clip", "my.y4m"), (WEATHER, "fields", "my.nc")] {
+        for (text, key, file) in [
+            (SMALL, "clip", "my.y4m"),
+            (LANGUAGE, "text", "my.txt"),
+            (VIT, "clip", "my.y4m"),
+            (WEATHER, "fields", "my.nc"),
+        ] {
             let text = text.replacen("kind =", &format!("{key} = {file:?}\nkind ="), 1);
             std::fs::write(&path, text).unwrap();
             let mut scenario = Scenario::load(path.to_str().unwrap()).unwrap();

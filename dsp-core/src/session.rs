@@ -3,7 +3,8 @@
 //! What a verb returns is held against the plan, so that a forgotten switch is an error that names the axis and
 //! never a wrong number; each verb is a span of the trace.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -17,11 +18,11 @@ use crate::cost::{self, Elements};
 use crate::error::{CommError, Error};
 use crate::gradients;
 use crate::group::Group;
-use crate::layout::{Layout, LayoutError, Shard};
+use crate::layout::{Layout, LayoutError, Shard, Value};
 use crate::linear::project_without_bias;
 use crate::place::{self, Placed};
 use crate::strategy::{
-    AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Scope,
+    AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Role, Scope,
     SequenceParallel, StageKind,
 };
 
@@ -49,6 +50,17 @@ pub enum StageError {
         declared: usize,
         /// What the model runs.
         wanted: &'static str,
+    },
+    /// A strategy that sums the ranks' terms, and a sub-layer of which every rank holds all.
+    #[error(
+        "stage {index} ({name:?}) is to give each rank's terms of a sum, but no parameter of it was placed with \
+         the role of rows: give Session::place the roles of its projections, in this stage"
+    )]
+    Unsharded {
+        /// The stage's position.
+        index: usize,
+        /// Its name.
+        name: String,
     },
     /// Stages were left over.
     #[error("the model ran {run} of the {declared} stages that it declared")]
@@ -80,6 +92,8 @@ pub struct Session {
     replicas: Option<Group>,
     model: Arc<ModelShape>,
     plan: Arc<Plan>,
+    /// The stages of which a parameter was placed with the role of rows.
+    sharded: Arc<Mutex<BTreeSet<usize>>>,
 }
 
 impl Session {
@@ -100,6 +114,7 @@ impl Session {
             replicas: None,
             model: Arc::new(model),
             plan: Arc::new(plan),
+            sharded: Arc::default(),
         })
     }
 
@@ -144,6 +159,9 @@ impl Session {
         let ranks = self.group.size();
         let placements = |path: &str, shape: &[usize]| {
             let Part { role, stage } = roles(path).into();
+            if let (Role::Rows { .. }, Some(stage)) = (role, stage) {
+                self.sharded().insert(stage);
+            }
             let parameter = Parameter {
                 role,
                 shape,
@@ -154,6 +172,10 @@ impl Session {
             (0..ranks).map(placement).collect()
         };
         place::place(module, placements, self.group.rank(), device)
+    }
+
+    fn sharded(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        self.sharded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// This rank's part of an input that every rank holds whole.
@@ -521,6 +543,13 @@ impl<'a> StageRun<'a> {
     pub fn leave(&self, x: Shard, bias: Option<Tensor<1>>) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("leave", stage = %scope.stage.name).entered();
+        if scope.plan.value == Value::Partial && !self.session.sharded().contains(&self.index) {
+            return Err(StageError::Unsharded {
+                index: self.index,
+                name: scope.stage.name.clone(),
+            }
+            .into());
+        }
         let x = self.session.strategy.leave(x, bias, &scope)?;
         Ok(Self::expect("leave", &scope.plan.residual, x)?)
     }

@@ -33,7 +33,7 @@ use crate::collective::relayout;
 use crate::cost::Elements;
 use crate::error::Error;
 use crate::group::Group;
-use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
+use crate::layout::{AxisSet, Layout, SeqAxis, Shard, Value};
 
 /// The kind of an attention.
 #[derive(Debug, Clone, PartialEq)]
@@ -391,6 +391,9 @@ pub struct StagePlan {
     pub residual: Layout,
     /// The layout between `enter` and `leave`.
     pub inner: Layout,
+    /// What the sub-layer gives before `leave`: values, or each rank's terms of a sum, for which its last
+    /// projection must be sharded by rows.
+    pub value: Value,
     /// What each rank sends to bring the residual stream here, by formula.
     pub arranges: Vec<Elements>,
     /// What each rank sends to enter, to attend and to leave, by formula.
@@ -414,6 +417,7 @@ impl StagePlan {
         Self {
             residual: residual.clone(),
             inner: residual.clone(),
+            value: Value::Complete,
             arranges: vec![Elements::default(); ranks],
             sends: vec![Elements::default(); ranks],
             part: None,

@@ -10,7 +10,7 @@ use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData, activation::gelu};
 use dsp_core::linear::project;
 use dsp_core::session::StageRun;
-use dsp_core::strategy::{AttentionStage, OutputLayout, Role, StageKind};
+use dsp_core::strategy::{AttentionStage, OutputLayout, Part, Role, StageKind, Units};
 use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, SeqAxis, Session, Shard, Stage,
 };
@@ -100,6 +100,26 @@ impl Axial {
     }
 }
 
+/// What each parameter is for, and in which stage: a strategy may give each rank some heads or features only.
+fn role(path: &str) -> Part {
+    let heads = Units::Query(Heads::multi(HEADS, WIDTH / HEADS));
+    let inner = Units::Features(4 * WIDTH);
+    let (stage, units) = match path.split('.').next() {
+        Some("rows") => (0, heads),
+        Some("columns") => (1, heads),
+        _ => (2, inner),
+    };
+    let dim = usize::from(path.ends_with("weight"));
+    let columns = |fused| Role::Columns { dim, fused, units };
+    let role = match path.split('.').nth(1) {
+        Some("qkv") => columns(3),
+        Some("up") => columns(1),
+        Some("project" | "down") if path.ends_with("weight") => Role::Rows { dim: 0, units },
+        _ => Role::Replicated,
+    };
+    role.in_stage(stage)
+}
+
 impl Attention {
     fn forward(&self, x: Shard, stage: StageRun<'_>) -> Result<Shard, Error> {
         let x = stage.arrange(x)?; // the residual stream, laid out for this stage
@@ -130,7 +150,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let curves = Launch::new(ranks).run(move |group| -> Result<Vec<f32>, Error> {
         let device = Device::flex().autodiff();
         let session = Session::new(strategy.clone(), group, Axial::shape(1))?;
-        let mut placed = session.place(&template, |_| Role::Replicated, &device);
+        let mut placed = session.place(&template, role, &device);
         let mut optimizer = AdamWConfig::new().init();
         // Every rank holds the whole input, and works on its part of it.
         let input = session.split(wave(0.0, &device))?;

@@ -64,8 +64,17 @@ impl SequenceParallel for Megatron {
             return Ok(local);
         };
         let others = residual.positions_beside(axis);
+        let joins = matches!(
+            &stage.kind,
+            StageKind::Attention(attention) if attention.closing == Closing::AllHeads
+        );
         let plan = StagePlan {
             inner: Layout::whole(residual.lengths()),
+            value: if joins {
+                Value::Complete
+            } else {
+                Value::Partial
+            },
             ..local
         };
         Ok(plan.sending(|rank| {

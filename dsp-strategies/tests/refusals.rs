@@ -6,10 +6,11 @@ mod common;
 
 use std::sync::Arc;
 
+use burn::tensor::{Device, Tensor};
 use common::{Case, Checkpointing, Sub, attend};
 use dsp_core::strategy::{Form, OutputLayout, StageKind};
 use dsp_core::{Error, Group, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session};
-use dsp_strategies::{Dsp, Lss, Serial, Ulysses, by_name};
+use dsp_strategies::{Dsp, Lss, Megatron, Serial, Ulysses, by_name};
 
 fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
     Case {
@@ -251,4 +252,23 @@ fn a_strategy_is_found_by_its_name_and_an_unknown_name_is_told_the_known_ones() 
         message
             .starts_with("no strategy is called \"rnig\"; compiled in are: serial, dsp, ulysses, ")
     );
+}
+
+#[test]
+fn a_sub_layer_that_is_not_sharded_where_its_terms_are_summed_is_an_error_that_names_it() {
+    let model = case(&[4], (2, 2), vec![Sub::Mlp]).shape();
+    let errors = dsp_core::launch(2, move |group: Group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Megatron), group, model.clone())?;
+        let x = session.split(Tensor::zeros([1, 4, 1, 1, 3], &Device::flex()))?;
+        let stage = session.stages().feed_forward()?;
+        let x = stage.enter(stage.arrange(x)?)?;
+        Ok(stage.leave(x, None).unwrap_err().to_string())
+    });
+    for error in errors.unwrap() {
+        assert_eq!(
+            error,
+            "stage 0 (\"sub 0\") is to give each rank's terms of a sum, but no parameter of it was placed with the role \
+             of rows: give Session::place the roles of its projections, in this stage"
+        );
+    }
 }
