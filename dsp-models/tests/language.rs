@@ -6,11 +6,13 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::language::LanguageCase;
 use common::{Fixture, Values, launch, named, summed, whole};
+use dsp_core::attention::{Documents, Within};
 use dsp_core::strategy::{AttentionStage, Closing, OutputLayout, Part, Role, StageKind, Units};
 use dsp_core::{
     AxisSet, Heads, Loss, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Shard,
@@ -202,7 +204,20 @@ struct Tiny {
     batch: usize,
     length: usize,
     ranks: usize,
+    mask: Mask,
     seed: u64,
+}
+
+/// Causal, a sliding window, or two packed documents and what is left.
+fn masks() -> impl Strategy<Value = Mask> {
+    let window = (1..=4usize).prop_map(|size| Mask::Window {
+        size: NonZeroUsize::new(size).unwrap(),
+    });
+    let packed = (0..=4usize, 0..=4usize).prop_map(|(first, second)| Mask::Packed {
+        documents: Documents::new(vec![first, first + second]).unwrap(),
+        within: Within::Causal,
+    });
+    prop_oneof![2 => Just(Mask::Causal), 1 => window, 1 => packed]
 }
 
 fn tiny() -> impl Strategy<Value = Tiny> {
@@ -218,17 +233,21 @@ fn tiny() -> impl Strategy<Value = Tiny> {
         1..=2usize,
         1..=11usize,
         1..=5usize,
+        masks(),
         0..1000u64,
     )
-        .prop_map(|(heads, layers, tied, batch, length, ranks, seed)| Tiny {
-            heads,
-            layers,
-            tied,
-            batch,
-            length,
-            ranks,
-            seed,
-        })
+        .prop_map(
+            |(heads, layers, tied, batch, length, ranks, mask, seed)| Tiny {
+                heads,
+                layers,
+                tied,
+                batch,
+                length,
+                ranks,
+                mask,
+                seed,
+            },
+        )
 }
 
 impl Tiny {
@@ -247,7 +266,7 @@ impl Tiny {
             config,
             template,
             tokens: Tokens::new(rows).unwrap(),
-            mask: Mask::Causal,
+            mask: self.mask.clone(),
         };
         Arc::new(case.cast(DType::F64))
     }
@@ -321,6 +340,7 @@ fn more_ranks_than_tokens_or_heads_agree_with_serial() {
                 batch: 1,
                 length,
                 ranks: 5,
+                mask: Mask::Causal,
                 seed: 3,
             };
             everything_is_equal(&tiny).unwrap();
