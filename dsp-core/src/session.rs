@@ -148,7 +148,7 @@ impl Session {
     /// This rank's part of a module: replicated parameters are whole, sharded ones cut, and each becomes a
     /// leaf of this rank's own autodiff graph, which no other rank's touches.
     ///
-    /// `roles` gives the [`Role`](crate::strategy::Role) of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
+    /// `roles` gives the [`Role`] of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
     /// [`Part`] with its stage.
     pub fn place<M: Module, P: Into<Part>>(
         &self,
