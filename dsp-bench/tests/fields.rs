@@ -8,14 +8,14 @@ mod common;
 
 use std::sync::Arc;
 
-use burn::optim::AdamConfig;
 use burn::tensor::{DType, Device};
 use common::softmax_refusal;
 use dsp_bench::fields::{Fields, FieldsBatch};
-use dsp_core::{Group, PlanError, SequenceParallel, Session, launch};
+use dsp_core::{Group, Loss, PlanError, SequenceParallel, Session, launch};
 use dsp_models::WeatherConfig;
 use dsp_models::error::ModelError;
-use dsp_models::weather::{Weather, roles, train_step};
+use dsp_models::training::{Trainer, TrainingConfig};
+use dsp_models::weather::{Weather, loss, roles};
 
 const STEPS: usize = 6;
 
@@ -37,14 +37,17 @@ fn train(
     let [samples, times, rows, columns, _] = batch.shape;
     let shape = config().shape(samples, times, rows, columns);
     let session = Session::new(strategy, group, shape)?;
-    let mut model = session.place(template, roles(&config()), &device);
-    let mut optimizer = AdamConfig::new().init();
+    let training = TrainingConfig::new(STEPS as u64, samples, 3e-3);
+    let mut trainer = Trainer::new(template, roles(&config()), training, &session, &device);
     let batch = batch.on(&device, DType::F32);
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        let (next, loss) = train_step(model, &mut optimizer, &batch, 3e-3, &session)?;
-        model = next;
-        losses.push(loss);
+        let part = |model: &Weather| -> Result<Loss, ModelError> {
+            let forecast = model.forward(batch.fields.clone(), &batch.grid, &session)?;
+            let own = loss(&forecast, batch.next.clone(), &batch.grid)?;
+            Ok(Loss::OfShard(own))
+        };
+        losses.push(trainer.step(&session, [part])?.loss);
     }
     Ok(losses)
 }

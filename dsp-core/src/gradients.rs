@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::collective::all_reduce_in;
 use crate::error::CommError;
@@ -17,7 +17,7 @@ use crate::place::Placed;
 use crate::shape::reshape;
 use crate::strategy::Placement;
 
-/// The module's gradients, those of replicated and shared parameters summed over the group.
+/// Sums those of the module's gradients over the group that belong to replicated and shared parameters.
 ///
 /// All go through one flat bucket and one all-reduce. A parameter that this rank did not use has no gradient
 /// here and enters with zeros; so do those parts of a shared parameter that the rank does not hold. The bucket's
@@ -29,13 +29,42 @@ use crate::strategy::Placement;
 /// # Errors
 /// [`CommError`] if a rank fails.
 pub fn reduce<M: Module>(
-    gradients: &mut Gradients,
+    gradients: &mut GradientsParams,
     placed: &Placed<M>,
     group: &Group,
-) -> Result<GradientsParams, CommError> {
-    let mut own = GradientsParams::from_module(gradients, &placed.module);
-    sum_in_bucket(&mut own, placed, Members::OfOneModel, group)?;
-    Ok(own)
+) -> Result<(), CommError> {
+    sum_in_bucket(gradients, placed, Members::OfOneModel, group)
+}
+
+/// The norm of all of the module's reduced gradients, the same on every rank: the square root of the sum of the
+/// squares, in which a replicated parameter counts once, and so does what several ranks hold.
+///
+/// # Cost
+/// One all-reduce of one number, counted outside of the passes.
+///
+/// # Errors
+/// [`CommError`] if a rank fails.
+pub fn norm<M: Module>(
+    gradients: &GradientsParams,
+    placed: &Placed<M>,
+    group: &Group,
+) -> Result<f64, CommError> {
+    let mut squares = Squares {
+        gradients,
+        placed,
+        rank: group.rank(),
+        seen: HashSet::new(),
+        sum: 0.0,
+        like: None,
+    };
+    placed.module.visit(&mut squares);
+    let Some((device, dtype)) = squares.like else {
+        return Ok(0.0);
+    };
+    let own = TensorData::new(vec![squares.sum], [1]);
+    let own = Tensor::<1>::from_data(own, (&device, dtype));
+    let sum = all_reduce_in(own, Phase::Outside, group)?;
+    Ok(sum.into_scalar::<f64>().sqrt())
 }
 
 /// Sums all of the module's gradients over a group whose ranks hold the same parts of it: replicas.
@@ -243,6 +272,39 @@ impl<M> ModuleVisitor for Register<'_, M> {
             _ => reshape(sum, param.shape().dims::<D>()),
         };
         self.gradients.register(param.id, gradient);
+    }
+}
+
+struct Squares<'a, M> {
+    gradients: &'a GradientsParams,
+    placed: &'a Placed<M>,
+    rank: usize,
+    seen: HashSet<ParamId>,
+    sum: f64,
+    like: Option<(Device, DType)>,
+}
+
+impl<M> ModuleVisitor for Squares<'_, M> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !self.seen.insert(param.id) || !param.is_require_grad() {
+            return;
+        }
+        let value = param.val().inner();
+        (self.like).get_or_insert_with(|| (value.device(), value.dtype()));
+        let Some(gradient) = self.gradients.get::<D>(param.id) else {
+            return;
+        };
+        let own = match self.placed.cut(param.id) {
+            Some(cut) => {
+                let owned = cut.owned(self.rank);
+                select_ranges(gradient, owned.dim, &owned.local)
+            }
+            None if self.rank == 0 => gradient,
+            None => return,
+        };
+        if own.shape().num_elements() > 0 {
+            self.sum += (own.clone() * own).sum().into_scalar::<f64>();
+        }
     }
 }
 

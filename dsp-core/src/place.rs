@@ -48,6 +48,17 @@ impl<M> Placed<M> {
     pub(crate) fn cut(&self, id: ParamId) -> Option<&Cut> {
         self.cuts.get(&id)
     }
+
+    /// Other values of the same parameters, cut as these are: an optimizer's moments, an average.
+    ///
+    /// `module` is this one's with its parameters mapped, so that each still has its id and its shape.
+    pub fn with_module(&self, module: M) -> Self {
+        Self {
+            module,
+            rank: self.rank,
+            cuts: self.cuts.clone(),
+        }
+    }
 }
 
 /// A module cut by what `placements` gives for each parameter's path and shape: a placement a rank. See
@@ -155,48 +166,67 @@ impl ModuleMapper for Gather<'_> {
     }
 }
 
+/// Which rank's values of a cut parameter count: of what several ranks hold, the first one's.
+pub(crate) struct Owned {
+    /// The dim that is cut.
+    pub(crate) dim: usize,
+    /// Each rank's own, in the whole parameter.
+    pub(crate) ranges: Vec<Vec<Range<usize>>>,
+    /// This rank's own, in what it holds.
+    pub(crate) local: Vec<Range<usize>>,
+}
+
 impl Cut {
-    /// The whole parameter, or its gradient, outside of any graph, from the ranks' parts. Of what several ranks hold, the first one's
-    /// counts.
+    /// What belongs to each rank.
+    pub(crate) fn owned(&self, this: usize) -> Owned {
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        let mut owned = Owned {
+            dim: 0,
+            ranges: Vec::new(),
+            local: Vec::new(),
+        };
+        for (rank, placement) in self.placements.iter().enumerate() {
+            let mut ranges = Vec::new();
+            let mut held_before = 0;
+            if let Placement::Sharded { dim, ranges: held }
+            | Placement::Shared { dim, ranges: held } = placement
+            {
+                owned.dim = *dim;
+                for range in held {
+                    for piece in not_in(range, &taken) {
+                        if rank == this {
+                            let start = held_before + piece.start - range.start;
+                            owned.local.push(start..start + piece.len());
+                        }
+                        ranges.push(piece);
+                    }
+                    held_before += range.len();
+                }
+            }
+            taken.extend(ranges.iter().cloned());
+            owned.ranges.push(ranges);
+        }
+        owned
+    }
+
+    /// The whole parameter, or its gradient, outside of any graph, from the ranks' parts. Of what several ranks
+    /// hold, the first one's counts.
     pub(crate) fn gather<const D: usize>(
         &self,
         part: Tensor<D>,
         group: &Group,
     ) -> Result<Tensor<D>, CommError> {
-        let mut taken: Vec<Range<usize>> = Vec::new();
-        let (mut along, mut own) = (0, Vec::new());
-        let mut owned = Vec::new();
-        for (rank, placement) in self.placements.iter().enumerate() {
-            let mut ranges = Vec::new();
-            let mut local = 0;
-            if let Placement::Sharded { dim, ranges: held }
-            | Placement::Shared { dim, ranges: held } = placement
-            {
-                along = *dim;
-                for range in held {
-                    for piece in not_in(range, &taken) {
-                        if rank == group.rank() {
-                            let start = local + piece.start - range.start;
-                            own.push(start..start + piece.len());
-                        }
-                        ranges.push(piece);
-                    }
-                    local += range.len();
-                }
-            }
-            taken.extend(ranges.iter().cloned());
-            owned.push(ranges);
-        }
-        let part = select_ranges(part, along, &own);
+        let Owned { dim, ranges, local } = self.owned(group.rank());
+        let part = select_ranges(part, dim, &local);
         let (outer, inner) = (
-            self.shape[..along].iter().product(),
-            self.shape[along + 1..].iter().product(),
+            self.shape[..dim].iter().product(),
+            self.shape[dim + 1..].iter().product(),
         );
-        let length = self.shape[along];
+        let length = self.shape[dim];
         let after = Blocks::replicated([outer, length, inner, 1, 1], group.size());
         let before = after
             .clone()
-            .with_dim(1, DimBlocks::from_ranges(length, owned));
+            .with_dim(1, DimBlocks::from_ranges(length, ranges));
         let count = before.dim(1).count(group.rank());
         let whole = group.exchange(Request {
             collective: Collective::AllGather,

@@ -13,12 +13,13 @@ use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
-use crate::collective::relayout;
+use crate::collective::{all_reduce_in, relayout};
 use crate::cost::{self, Elements};
 use crate::error::{CommError, Error};
 use crate::gradients;
 use crate::group::Group;
 use crate::layout::{Layout, LayoutError, Shard, Value};
+use crate::ledger::Phase;
 use crate::linear::project_without_bias;
 use crate::place::{self, Placed};
 use crate::strategy::{
@@ -130,6 +131,29 @@ impl Session {
         self
     }
 
+    /// The same session for another number of samples: a last, smaller part of a batch. Modules that this one
+    /// placed serve it too.
+    ///
+    /// # Errors
+    /// [`PlanError`] if the strategy cannot run as many.
+    pub fn with_batch(&self, batch: usize) -> Result<Self, PlanError> {
+        let model = ModelShape {
+            batch,
+            ..(*self.model).clone()
+        };
+        let plan = self.strategy.plan(&model, self.group.size())?;
+        Ok(Self {
+            model: Arc::new(model),
+            plan: Arc::new(plan),
+            ..self.clone()
+        })
+    }
+
+    /// The ranks that hold this rank's part in other replicas, if there are any.
+    pub fn replicas(&self) -> Option<&Group> {
+        self.replicas.as_ref()
+    }
+
     /// The ranks.
     pub fn group(&self) -> &Group {
         &self.group
@@ -235,11 +259,52 @@ impl Session {
         gradients: &mut Gradients,
         module: &Placed<M>,
     ) -> Result<GradientsParams, CommError> {
-        let mut reduced = gradients::reduce(gradients, module, &self.group)?;
+        self.reduce_collected(
+            GradientsParams::from_module(gradients, &module.module),
+            module,
+        )
+    }
+
+    /// [`reduce`](Self::reduce) of gradients that were taken out of their backward passes already: those of several
+    /// parts of a batch, added up, so that they are sent once.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn reduce_collected<M: Module>(
+        &self,
+        mut gradients: GradientsParams,
+        module: &Placed<M>,
+    ) -> Result<GradientsParams, CommError> {
+        gradients::reduce(&mut gradients, module, &self.group)?;
         if let Some(replicas) = &self.replicas {
-            gradients::sum(&mut reduced, module, replicas)?;
+            gradients::sum(&mut gradients, module, replicas)?;
         }
-        Ok(reduced)
+        Ok(gradients)
+    }
+
+    /// The norm of all of the model's reduced gradients, the same on every rank: what is held against a limit
+    /// before a step. A parameter counts once, wherever it is held.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn gradient_norm<M: Module>(
+        &self,
+        gradients: &GradientsParams,
+        module: &Placed<M>,
+    ) -> Result<f64, CommError> {
+        gradients::norm(gradients, module, &self.group)
+    }
+
+    /// The sum of a number over all ranks, those of the replicas included; outside of any pass.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn sum_over_ranks(&self, own: Tensor<1>) -> Result<Tensor<1>, CommError> {
+        let sum = all_reduce_in(own.inner(), Phase::Outside, &self.group)?;
+        match &self.replicas {
+            Some(replicas) => all_reduce_in(sum, Phase::Outside, replicas),
+            None => Ok(sum),
+        }
     }
 
     /// Gradients in the parameters' whole shapes, for those who compare or write them: the parts of sharded ones

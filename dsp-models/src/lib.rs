@@ -12,12 +12,14 @@
 //! | [`language`] | causal language models: LLaMA, TransNormer, hybrids |
 //! | [`vit`] | vision transformers, under timm's and torchvision's names |
 //! | [`layers`] | what transformers are made of: norms, feed-forward networks, rotary embedding |
-//! | [`training`] | a step of rectified flow, for [`video_dit`] |
+//! | [`flow`] | the loss of rectified flow and sampling by it, for [`video_dit`] |
+//! | [`training`] | steps of any model under any strategy: accumulation, clipping, AdamW, checkpoints |
 //! | [`weights`] | safetensors in and out; gradients under the original names |
 //! | [`random`] | numbers that every rank draws alike |
 //! | [`error`] | what can go wrong |
 
 pub mod error;
+pub mod flow;
 pub mod language;
 pub mod layers;
 pub mod random;

@@ -9,13 +9,13 @@ mod common;
 
 use std::sync::Arc;
 
-use burn::optim::AdamWConfig;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::softmax_strategies;
-use dsp_core::{Group, SequenceParallel, Session, launch};
+use dsp_core::{Group, Loss, SequenceParallel, Session, launch};
 use dsp_models::error::ModelError;
+use dsp_models::flow::{Batch, Noised, Sampling, loss};
 use dsp_models::random::{Draws, Purpose};
-use dsp_models::training::{Batch, Sampling, Step, train_step};
+use dsp_models::training::{Trainer, TrainingConfig};
 use dsp_models::video_dit::{FrameMask, Init, Text, VideoDit, VideoDitConfig, roles};
 use dsp_models::weights::{cast, named_parameters};
 
@@ -60,26 +60,29 @@ fn train(
     let device = Device::flex().autodiff();
     let config = config();
     let session = Session::new(strategy, group, config.shape(2, 5, 3, 6))?;
-    let mut model = session.place(template, roles(&config.block()), &device);
-    let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).init();
+    let training = TrainingConfig::new(STEPS, 2, 3e-3).with_clip_norm(Some(1.0));
+    let mut trainer = Trainer::new(
+        template,
+        roles(&config.block()),
+        training,
+        &session,
+        &device,
+    );
     let batch = batch(&device, frame_mask);
+    // The same draw each time, so that the loss must fall.
+    let sampling = Sampling::LogitNormal {
+        location: 0.0,
+        scale: 1.0,
+    };
+    let noised = Noised::draw(&batch, sampling, 5, 0);
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        // The same draw each time, so that the loss must fall.
-        let step = Step {
-            number: 0,
-            seed: 5,
-            sampling: Sampling::LogitNormal {
-                location: 0.0,
-                scale: 1.0,
-            },
-            learning_rate: 3e-3,
+        let part = |model: &VideoDit| -> Result<Loss, ModelError> {
+            Ok(Loss::OfShard(loss(model, &batch, &noised, &session)?))
         };
-        let (next, loss) = train_step(model, &mut optimizer, &batch, step, &session)?;
-        model = next;
-        losses.push(loss);
+        losses.push(trainer.step(&session, [part])?.loss);
     }
-    let parameters = named_parameters(&session.whole_module(&model)?).unwrap();
+    let parameters = named_parameters(&session.whole_module(trainer.model())?).unwrap();
     let parameters = parameters
         .values()
         .flat_map(|data| data.iter::<f64>().collect::<Vec<_>>());

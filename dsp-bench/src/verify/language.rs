@@ -22,7 +22,7 @@ use super::{Case, CaseError, Produced};
 use crate::reference::{Reference, ReferenceError, Stored};
 
 #[derive(Debug, Deserialize)]
-struct LlamaFile {
+pub(super) struct LlamaFile {
     vocab_size: usize,
     hidden_size: usize,
     intermediate_size: usize,
@@ -34,6 +34,22 @@ struct LlamaFile {
     tie_word_embeddings: bool,
 }
 
+impl LlamaFile {
+    pub(super) fn config(&self) -> LanguageConfig {
+        LanguageConfig::new(
+            self.vocab_size,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
+        .with_rms_norm_eps(self.rms_norm_eps)
+        .with_rope_theta(self.rope_theta)
+        .with_tie_word_embeddings(self.tie_word_embeddings)
+    }
+}
+
 struct LlamaCase {
     config: LanguageConfig,
     templates: [CausalLm; 2],
@@ -42,17 +58,7 @@ struct LlamaCase {
 
 pub(super) fn open_llama(reference: &Reference) -> Result<Vec<Arc<dyn Case>>, ReferenceError> {
     let file: LlamaFile = reference.json("config")?;
-    let config = LanguageConfig::new(
-        file.vocab_size,
-        file.hidden_size,
-        file.intermediate_size,
-        file.num_hidden_layers,
-        file.num_attention_heads,
-        file.num_key_value_heads,
-    )
-    .with_rms_norm_eps(file.rms_norm_eps)
-    .with_rope_theta(file.rope_theta)
-    .with_tie_word_embeddings(file.tie_word_embeddings);
+    let config = file.config();
     let templates = weights(reference, || config.init(0, &Device::flex()))?;
     let ids = reference.input("input_ids")?;
     let rows = match ids.shape[..] {

@@ -10,6 +10,7 @@ mod linear;
 mod merge;
 mod shared;
 mod stdit;
+mod training;
 mod vit;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,6 +34,11 @@ pub type Produced = BTreeMap<String, Stored>;
 pub trait Case: Send + Sync {
     /// Its name within the file; empty if the file is one case.
     fn name(&self) -> &str;
+
+    /// The largest error that is allowed of a tensor, where others are allowed `tolerance`.
+    fn tolerance(&self, _tensor: &str, _dtype: DType, tolerance: f64) -> f64 {
+        tolerance
+    }
 
     /// Runs it on this rank and returns the whole tensors; every rank returns the same.
     ///
@@ -78,13 +84,15 @@ impl From<dsp_core::layout::LayoutError> for CaseError {
 type Open = fn(&Reference) -> Result<Vec<Arc<dyn Case>>, ReferenceError>;
 
 /// The kinds of files that are known, and what opens them.
-const KINDS: [(&str, Open); 11] = [
+const KINDS: [(&str, Open); 13] = [
     ("attention", attention::open),
     ("ring_merge", merge::open),
     ("linear_attention_decay", linear::open_decay),
     ("linear_attention_fla", linear::open_fla),
     ("tnl_attention", language::open_attention),
     ("llama_lm", language::open_llama),
+    ("llama_train_adamw", training::open),
+    ("llama_train_adam", training::open),
     ("vit_timm", vit::open_timm),
     ("vit_torchvision", vit::open_torchvision),
     ("stdit3_block", stdit::open_block),
@@ -198,7 +206,7 @@ pub fn verify(
     let file = path.display().to_string();
     let mut records = Vec::new();
     let mut compared = BTreeSet::new();
-    for case in &cases {
+    for this in &cases {
         for strategy in dsp_strategies::all() {
             for &ranks in &options.ranks {
                 if strategy.name() == "serial" && ranks != 1 {
@@ -206,17 +214,18 @@ pub fn verify(
                 }
                 progress(&format!(
                     "{kind} {} · {} × {ranks}",
-                    case.name(),
+                    this.name(),
                     strategy.name()
                 ));
-                let labels = || (file.clone(), (*kind).to_owned(), case.name().to_owned());
-                match run(case, &strategy, ranks, options.precision) {
+                let labels = || (file.clone(), (*kind).to_owned(), this.name().to_owned());
+                match run(this, &strategy, ranks, options.precision) {
                     Ok(Ok(produced)) => {
                         for (tensor, stored) in produced {
                             let Some(wanted) = expected.get(&tensor) else {
                                 continue;
                             };
                             let error = relative_error(&stored, wanted);
+                            let allowed = this.tolerance(&tensor, options.precision.dtype(), options.tolerance);
                             let (file, kind, case) = labels();
                             records.push(Record::Comparison {
                                 file,
@@ -227,8 +236,8 @@ pub fn verify(
                                 ranks,
                                 dtype: options.precision,
                                 error,
-                                tolerance: options.tolerance,
-                                pass: error <= options.tolerance,
+                                tolerance: allowed,
+                                pass: error <= allowed,
                             });
                             compared.insert(tensor);
                         }
@@ -247,7 +256,7 @@ pub fn verify(
                     Err(source) => {
                         return Err(VerifyError::Run {
                             path: path.to_owned(),
-                            case: case.name().to_owned(),
+                            case: this.name().to_owned(),
                             strategy: strategy.name().to_owned(),
                             ranks,
                             source: Box::new(source),

@@ -22,20 +22,20 @@
 //! | config | sizes, and the stages that the model declares |
 //! | grid | where and when the fields are: places on the sphere, seasons, areas |
 //! | layer | attention over an axis, a layer |
+//! | loss | the area-weighted loss of the next fields |
 //! | model | the whole |
 //! | roles | which parameters a strategy may shard |
-//! | training | the area-weighted loss of the next fields, and a step |
 
 mod config;
 mod grid;
 mod layer;
+mod loss;
 mod model;
 mod roles;
-mod training;
 
 pub use config::{LATITUDE, LONGITUDE, TIME, TimeMask, WeatherConfig};
 pub use grid::{Grid, GridError};
 pub use layer::{Axial, Layer};
+pub use loss::{WeatherBatch, loss};
 pub use model::Weather;
 pub use roles::roles;
-pub use training::{WeatherBatch, loss, train_step};

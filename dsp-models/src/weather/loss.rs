@@ -1,18 +1,14 @@
-//! The loss of a forecast, and a step of training on it.
+//! The loss of a forecast.
 //!
 //! At each point and time the model says what the fields are one time later. The error is squared and counted by
 //! the area that its row of the grid stands for, so that the many points near the poles count no more than
 //! others (as WeatherBench does; Rasp et al., arXiv:2002.00469).
 
-use burn::optim::ModuleOptimizer;
 use burn::tensor::{Tensor, TensorData};
-use dsp_core::collective::all_reduce_in;
-use dsp_core::ledger::Phase;
-use dsp_core::{Loss, Placed, Session, Shard};
+use dsp_core::Shard;
 
 use super::config::LATITUDE;
 use super::grid::Grid;
-use super::model::Weather;
 use crate::error::ModelError;
 
 /// What a model is trained on, the same on every rank.
@@ -62,27 +58,4 @@ pub fn loss(forecast: &Shard, next: Tensor<5>, grid: &Grid) -> Result<Tensor<1>,
 
     let error = forecast.tensor().clone() - next.into_tensor();
     Ok((error.clone() * error * weights).sum())
-}
-
-/// One step: forward, backward, the gradients' reduction, the optimizer.
-///
-/// Returns the changed model and the loss of the whole batch before the change, the same on every rank. Each rank
-/// has its own optimizer; they stay the same because the reduced gradients are.
-///
-/// # Errors
-/// [`ModelError`] if the batch does not fit the model, or the ranks fail.
-pub fn train_step(
-    mut model: Placed<Weather>,
-    optimizer: &mut ModuleOptimizer,
-    batch: &WeatherBatch,
-    learning_rate: f64,
-    session: &Session,
-) -> Result<(Placed<Weather>, f64), ModelError> {
-    let forecast = (model.module).forward(batch.fields.clone(), &batch.grid, session)?;
-    let loss = loss(&forecast, batch.next.clone(), &batch.grid)?;
-    let shown = all_reduce_in(loss.clone().detach(), Phase::Outside, session.group())?;
-    let mut gradients = session.backward(Loss::OfShard(loss))?;
-    let gradients = session.reduce(&mut gradients, &model)?;
-    model.module = optimizer.step(learning_rate, model.module, gradients);
-    Ok((model, shown.into_scalar::<f64>()))
 }

@@ -1,4 +1,4 @@
-//! A training step of rectified flow (Liu et al., arXiv:2209.03003), in Open-Sora 1.2's convention.
+//! The loss of rectified flow (Liu et al., arXiv:2209.03003), in Open-Sora 1.2's convention, and sampling by it.
 //!
 //! With a video `x₀`, noise `ε` and a time `τ = timestep / 1000` in (0, 1):
 //!
@@ -10,13 +10,9 @@
 //! Noise and timesteps come from [`crate::random`], so that every rank draws the same. The original's timestep
 //! transform, which counts the frames of its VAE, is left out.
 
-use burn::optim::ModuleOptimizer;
 use burn::tensor::{Tensor, TensorData};
-use dsp_core::Loss;
-use dsp_core::collective::all_reduce_in;
-use dsp_core::ledger::Phase;
 use dsp_core::shape::reshape;
-use dsp_core::{Placed, Session, Shard};
+use dsp_core::{Session, Shard};
 
 use crate::error::ModelError;
 use crate::random::{Draws, Purpose};
@@ -165,41 +161,4 @@ fn weights(video: &Tensor<5>, is_generated: impl Fn(usize, usize) -> bool) -> Te
     }
     let data = TensorData::new(values, [samples, 1, frames, height, width]);
     Tensor::from_data(data, (&video.device(), video.dtype()))
-}
-
-/// Which step of a training this is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Step {
-    /// Its number, from 0.
-    pub number: u64,
-    /// The seed of the whole training.
-    pub seed: u64,
-    /// How timesteps are drawn.
-    pub sampling: Sampling,
-    /// The learning rate.
-    pub learning_rate: f64,
-}
-
-/// One step: forward, backward, the gradients' reduction, the optimizer.
-///
-/// Returns the changed model and the loss of the whole batch before the change, the same on every rank. The
-/// optimizer is Burn's AdamW (`AdamWConfig::new().init()`) or another; each rank has its own, and they stay the
-/// same because the reduced gradients are.
-///
-/// # Errors
-/// [`ModelError`] if the batch does not fit the model, or the ranks fail.
-pub fn train_step(
-    mut model: Placed<VideoDit>,
-    optimizer: &mut ModuleOptimizer,
-    batch: &Batch,
-    step: Step,
-    session: &Session,
-) -> Result<(Placed<VideoDit>, f64), ModelError> {
-    let noised = Noised::draw(batch, step.sampling, step.seed, step.number);
-    let loss = loss(&model.module, batch, &noised, session)?;
-    let shown = all_reduce_in(loss.clone().detach(), Phase::Outside, session.group())?;
-    let mut gradients = session.backward(Loss::OfShard(loss))?;
-    let gradients = session.reduce(&mut gradients, &model)?;
-    model.module = optimizer.step(step.learning_rate, model.module, gradients);
-    Ok((model, shown.into_scalar::<f64>()))
 }

@@ -1,0 +1,414 @@
+//! Checkpoints in a folder: each is there whole, or not at all.
+//!
+//! ```text
+//!   checkpoints/
+//!     step-00000100/        SHA256SUMS, as `sha256sum -c` reads it, and the files that it lists
+//!     step-00000200/
+//!     .step-00000300.…      being written: renamed when every byte is on the disk
+//! ```
+//!
+//! A folder appears under its name by one rename, after its files were synced; an old one loses its name by one
+//! rename, before its files are removed. So a writer may die at any moment. Damage that happens later is found by
+//! the digests, of which every file has one and which are themselves read strictly.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+const SUMS: &str = "SHA256SUMS";
+const PREFIX: &str = "step-";
+const HIDDEN: &str = ".step-";
+
+/// A folder of checkpoints.
+#[derive(Debug, Clone)]
+pub struct Store {
+    folder: PathBuf,
+}
+
+/// A checkpoint's files, all of them as they were written.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    place: PathBuf,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+/// Why a checkpoint was not written or cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The system refused.
+    #[error("{}: {what}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A name that no file of a checkpoint can have.
+    #[error("{name:?} is no name for a file of a checkpoint: {rule}")]
+    Name {
+        /// The name.
+        name: String,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// There is nothing there.
+    #[error("{}: there is no checkpoint", place.display())]
+    Absent {
+        /// Where it was looked for.
+        place: PathBuf,
+    },
+    /// A folder without digests.
+    #[error("{}: has no {SUMS}: this is no checkpoint", place.display())]
+    NoCheckpoint {
+        /// The folder.
+        place: PathBuf,
+    },
+    /// Digests that were not written by a [`Store`].
+    #[error("{}: {SUMS} is damaged: line {line} is not what was written", place.display())]
+    Sums {
+        /// The checkpoint.
+        place: PathBuf,
+        /// The first line that is wrong, from 1.
+        line: usize,
+    },
+    /// A file that is listed and not there.
+    #[error("{}: lacks the file {name}", place.display())]
+    Missing {
+        /// The checkpoint.
+        place: PathBuf,
+        /// The file.
+        name: String,
+    },
+    /// A file that is there and not listed.
+    #[error("{}: holds {name}, which {SUMS} does not list", place.display())]
+    Extra {
+        /// The checkpoint.
+        place: PathBuf,
+        /// The file.
+        name: String,
+    },
+    /// A file that is not what was written.
+    #[error(
+        "{}: {name} is damaged: its SHA-256 is {found}, and it was written with {expected}",
+        place.display()
+    )]
+    Damaged {
+        /// The checkpoint.
+        place: PathBuf,
+        /// The file.
+        name: String,
+        /// The digest that it was written with.
+        expected: String,
+        /// The digest that it has.
+        found: String,
+    },
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io { what, path, source }
+}
+
+impl Store {
+    /// The store in a folder, which is made if it is not there. What writers that died left behind is removed.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the folder cannot be made or written to: before any work, not after it.
+    pub fn open(folder: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let store = Self {
+            folder: folder.into(),
+        };
+        let folder = &store.folder;
+        fs::create_dir_all(folder).map_err(failed("cannot be made", folder))?;
+        let probe = tempfile::Builder::new().prefix(HIDDEN).tempfile_in(folder);
+        (probe.and_then(tempfile::NamedTempFile::close))
+            .map_err(failed("cannot be written to", folder))?;
+        for name in store.names()? {
+            if name.starts_with(HIDDEN) {
+                let path = folder.join(name);
+                remove(&path).map_err(failed("cannot be removed", &path))?;
+            }
+        }
+        Ok(store)
+    }
+
+    /// The store in a folder that is there, for those who only read.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if it cannot be read.
+    pub fn existing(folder: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let store = Self {
+            folder: folder.into(),
+        };
+        store.names()?;
+        Ok(store)
+    }
+
+    fn names(&self) -> Result<Vec<String>, StoreError> {
+        names_in(&self.folder)
+    }
+
+    /// Where the checkpoint of a step is, or would be.
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("{PREFIX}{step:08}"))
+    }
+
+    /// The steps of which there is a checkpoint, in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the folder cannot be read.
+    pub fn steps(&self) -> Result<Vec<u64>, StoreError> {
+        let step = |name: &String| {
+            let step: u64 = name.strip_prefix(PREFIX)?.parse().ok()?;
+            (*name == format!("{PREFIX}{step:08}")).then_some(step)
+        };
+        let mut steps: Vec<u64> = self.names()?.iter().filter_map(step).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
+    /// The last of them.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] if the folder cannot be read.
+    pub fn latest(&self) -> Result<Option<u64>, StoreError> {
+        Ok(self.steps()?.pop())
+    }
+
+    /// Writes a checkpoint, over an older one of the same step, and removes all but the `keep` last ones.
+    ///
+    /// # Errors
+    /// [`StoreError`] if a name is none or the system refuses, as when the disk is full. What was there before is
+    /// there still.
+    pub fn save<N: AsRef<str>>(
+        &self,
+        step: u64,
+        files: &[(N, Vec<u8>)],
+        keep: NonZeroUsize,
+    ) -> Result<PathBuf, StoreError> {
+        let mut digests = BTreeMap::new();
+        for (name, bytes) in files {
+            let name = name.as_ref();
+            let rule = if name == SUMS {
+                Some("it is the list's")
+            } else if name.is_empty() || name.starts_with('.') {
+                Some("it must be visible")
+            } else if name.contains(['/', '\\', '\n', '\r', '\0']) {
+                Some("it must be a plain name")
+            } else if digests.insert(name, digest(bytes)).is_some() {
+                Some("it is there twice")
+            } else {
+                None
+            };
+            if let Some(rule) = rule {
+                return Err(StoreError::Name {
+                    name: name.to_owned(),
+                    rule,
+                });
+            }
+        }
+        let prefix = format!("{HIDDEN}{step:08}.");
+        let aside = || {
+            let made = tempfile::Builder::new()
+                .prefix(&prefix)
+                .tempdir_in(&self.folder);
+            made.map_err(failed("cannot be written to", &self.folder))
+        };
+        let partial = aside()?;
+        for (name, bytes) in files {
+            write(&partial.path().join(name.as_ref()), bytes)?;
+        }
+        write(&partial.path().join(SUMS), render(&digests).as_bytes())?;
+        sync(partial.path())?;
+
+        let path = self.path(step);
+        if path.exists() {
+            let old = aside()?;
+            fs::rename(&path, old.path().join("old"))
+                .map_err(failed("cannot be replaced", &path))?;
+            rename(partial, &path)?;
+            discard(old)?;
+        } else {
+            rename(partial, &path)?;
+        }
+        sync(&self.folder)?;
+
+        let steps = self.steps()?;
+        for &step in &steps[..steps.len().saturating_sub(keep.get())] {
+            let path = self.path(step);
+            let old = aside()?;
+            fs::rename(&path, old.path().join("old"))
+                .map_err(failed("cannot be removed", &path))?;
+            discard(old)?;
+        }
+        Ok(path)
+    }
+
+    /// The checkpoint of a step.
+    ///
+    /// # Errors
+    /// As [`Loaded::read`].
+    pub fn load(&self, step: u64) -> Result<Loaded, StoreError> {
+        Loaded::read(self.path(step))
+    }
+}
+
+impl Loaded {
+    /// Reads a checkpoint and holds every file against its digest.
+    ///
+    /// # Errors
+    /// [`StoreError`] that says what is not as it was written.
+    pub fn read(place: impl Into<PathBuf>) -> Result<Self, StoreError> {
+        let place = place.into();
+        if !place.is_dir() {
+            return Err(StoreError::Absent { place });
+        }
+        let sums = place.join(SUMS);
+        if !sums.exists() {
+            return Err(StoreError::NoCheckpoint { place });
+        }
+        let text = fs::read(&sums).map_err(failed("cannot be read", &sums))?;
+        let digests = parse(&text, &place)?;
+        let mut files = BTreeMap::new();
+        for name in names_in(&place)? {
+            if name != SUMS && !digests.contains_key(name.as_str()) {
+                return Err(StoreError::Extra { place, name });
+            }
+        }
+        for (name, expected) in &digests {
+            let path = place.join(name);
+            if !path.is_file() {
+                return Err(StoreError::Missing {
+                    place,
+                    name: name.clone(),
+                });
+            }
+            let bytes = fs::read(&path).map_err(failed("cannot be read", &path))?;
+            let found = digest(&bytes);
+            if found != *expected {
+                return Err(StoreError::Damaged {
+                    place,
+                    name: name.clone(),
+                    expected: expected.clone(),
+                    found,
+                });
+            }
+            files.insert(name.clone(), bytes);
+        }
+        Ok(Self { place, files })
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> &Path {
+        &self.place
+    }
+
+    /// A file's bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] if there is none of that name.
+    pub fn get(&self, name: &str) -> Result<&[u8], StoreError> {
+        let missing = || StoreError::Missing {
+            place: self.place.clone(),
+            name: name.to_owned(),
+        };
+        Ok(self.files.get(name).ok_or_else(missing)?)
+    }
+}
+
+fn names_in(folder: &Path) -> Result<Vec<String>, StoreError> {
+    let unreadable = || failed("cannot be read", folder);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).map_err(unreadable())? {
+        let entry = entry.map_err(unreadable())?;
+        names.push(entry.file_name().to_string_lossy().into_owned());
+    }
+    Ok(names)
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(64);
+    for byte in Sha256::digest(bytes) {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+fn render<N: AsRef<str>>(digests: &BTreeMap<N, String>) -> String {
+    let line = |(name, digest): (&N, &String)| format!("{digest}  {}\n", name.as_ref());
+    digests.iter().map(line).collect()
+}
+
+/// The digests by name. What [`render`] would not write again in just these bytes was not written by it.
+fn parse(text: &[u8], place: &Path) -> Result<BTreeMap<String, String>, StoreError> {
+    let mut digests = BTreeMap::new();
+    let whole = String::from_utf8_lossy(text);
+    for line in whole.split_terminator('\n') {
+        if let Some((digest, name)) = line.split_once("  ") {
+            let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+            if digest.len() == 64 && digest.bytes().all(is_hex) {
+                digests.insert(name.to_owned(), digest.to_owned());
+            }
+        }
+    }
+    let again = render(&digests);
+    if again.as_bytes() == text {
+        return Ok(digests);
+    }
+    let (found, again) = (text.split(|&byte| byte == b'\n'), again.split('\n'));
+    let same = found
+        .zip(again)
+        .take_while(|(found, again)| *found == again.as_bytes());
+    Err(StoreError::Sums {
+        place: place.to_owned(),
+        line: same.count() + 1,
+    })
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let written = File::create_new(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(failed("cannot be written", path))
+}
+
+/// Makes a folder's entries last. Not every file system can, and those that cannot need no asking.
+fn sync(folder: &Path) -> Result<(), StoreError> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    match synced {
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+            Err(failed("cannot be written to", folder)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn rename(partial: TempDir, path: &Path) -> Result<(), StoreError> {
+    fs::rename(partial.path(), path).map_err(failed("cannot be put in its place", path))?;
+    // It has left its hidden name: there is nothing to remove.
+    let _ = partial.keep();
+    Ok(())
+}
+
+fn discard(old: TempDir) -> Result<(), StoreError> {
+    let path = old.path().to_owned();
+    old.close().map_err(failed("cannot be removed", &path))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path)?.is_dir() {
+        true => fs::remove_dir_all(path),
+        false => fs::remove_file(path),
+    }
+}
