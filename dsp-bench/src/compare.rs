@@ -13,8 +13,11 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic as LedgerReading};
-use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
+use dsp_core::{
+    CommError, Engine, Group, Launch, LaunchError, PlanError, SequenceParallel, Session,
+};
 use dsp_strategies::UnknownStrategy;
+use serde::{Deserialize, Serialize};
 
 use crate::progress::Progress;
 use crate::record::{
@@ -73,6 +76,7 @@ pub struct Comparer {
     scenario: Scenario,
     subject: Arc<dyn Subject>,
     cases: Vec<CaseOf>,
+    engine: Engine,
 }
 
 impl Comparer {
@@ -109,7 +113,18 @@ impl Comparer {
             scenario,
             subject,
             cases,
+            engine: Engine::Threads,
         })
+    }
+
+    /// On what the ranks run. Where they are processes, all make the same comparison, and what comes of it is of use
+    /// in the one that holds rank 0.
+    #[must_use]
+    pub fn on(self, engine: &Engine) -> Self {
+        Self {
+            engine: engine.clone(),
+            ..self
+        }
     }
 
     /// What will be run, in order.
@@ -192,9 +207,9 @@ impl Comparer {
             decision: Mutex::new(decision),
         };
         let deadline = Duration::from_secs_f64(self.scenario.deadline_seconds);
-        let launch = Launch::new(case.ranks).timeout(deadline);
+        let launch = Launch::new(case.ranks).timeout(deadline).on(&self.engine);
         let (verdict, ranks) = thread::scope(|scope| {
-            let ranks = scope.spawn(move || launch.run(move |group| steps.run(group)));
+            let ranks = scope.spawn(move || launch.run_shared(move |group| steps.run(group)));
             // Nothing comes if the launch fails first.
             let verdict = first_run.recv().ok().map(|(outputs, seconds)| {
                 let serial = reference.unwrap_or(&outputs);
@@ -219,8 +234,16 @@ impl Comparer {
             Ok(ranks) => ranks.map_err(|error| Stop::Failed(Box::new(error)))?,
             Err(payload) => resume_unwind(payload),
         };
-        let Some((outputs, equality, before_bytes)) = verdict else {
-            unreachable!("a launch that succeeds has sent its first run");
+        let before_bytes = verdict.as_ref().map_or(0, |(_, _, before)| *before);
+        let held = [peak_bytes, before_bytes];
+        let [peak_bytes, before_bytes] = self.over_processes(held, case.ranks)?;
+        let Some((outputs, equality, _)) = verdict else {
+            return Ok((
+                None,
+                Outcome::Error {
+                    message: "another process holds rank 0, and knows".to_owned(),
+                },
+            ));
         };
         if !equality.holds() {
             return Ok((None, Outcome::Unequal { equality }));
@@ -235,6 +258,17 @@ impl Comparer {
             },
         };
         Ok((outputs, Outcome::Timed(Box::new(measured))))
+    }
+
+    /// The sum over the processes that hold a part of `ranks` ranks.
+    fn over_processes(&self, own: [u64; 2], ranks: usize) -> Result<[u64; 2], Stop> {
+        if self.engine.held(ranks).len() == ranks {
+            return Ok(own);
+        }
+        let launch = Launch::new(ranks).on(&self.engine);
+        let all = launch.run_shared(move |_| Ok::<_, CommError>(own));
+        let all = all.map_err(|error| Stop::Failed(Box::new(error)))?;
+        Ok([0, 1].map(|index| all.iter().map(|process| process[index]).sum()))
     }
 
     /// As many runs as fit into the case's share of the time after the first.
@@ -342,6 +376,7 @@ enum Stop {
 }
 
 /// One rank's timed runs.
+#[derive(Serialize, Deserialize)]
 struct RankRuns {
     /// Seconds and the ledger of each.
     runs: Vec<(f64, LedgerReading)>,

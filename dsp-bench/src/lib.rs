@@ -9,6 +9,7 @@
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
 //! | [`train`] | models learn from real data, with checkpoints |
+//! | [`launcher`] | starts a job's ranks, shows what they say, ends them together |
 //! | [`reference`](mod@reference), [`verify`] | tensors made by other people's code, and the comparison with them |
 //! | [`progress`], [`tracefile`], [`allocator`] | what runs now; a Perfetto trace; the memory that is held |
 
@@ -16,6 +17,7 @@ pub mod allocator;
 pub mod clip;
 pub mod compare;
 pub mod fields;
+pub mod launcher;
 pub mod progress;
 pub mod record;
 pub mod reference;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
 
 /// A reference file that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +113,7 @@ pub enum ReferenceError {
 }
 
 /// A tensor of a reference file.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stored {
     /// Its shape.
     pub shape: Vec<usize>,

@@ -97,6 +97,37 @@ fn equality_table(comparison: &Comparison) -> Table {
     table
 }
 
+/// Every rank's ledger: what it sent in the last run, and whether that equals the formula.
+pub fn ledgers(comparison: &Comparison) -> String {
+    let mut table = empty([
+        "strategy",
+        "ranks",
+        "rank",
+        "forward",
+        "backward",
+        "parameters",
+        "equals\nformula",
+    ]);
+    align_right(&mut table, &[1, 2, 3, 4, 5]);
+    for row in &comparison.rows {
+        let Outcome::Timed(measured) = &row.outcome else {
+            continue;
+        };
+        for (rank, traffic) in measured.traffic.per_rank.iter().enumerate() {
+            let sent = [traffic.forward, traffic.backward, traffic.parameters];
+            let equal = sent
+                .iter()
+                .all(|sent| sent.measured_bytes == sent.formula_bytes);
+            let mut cells = named(row);
+            cells.push(Cell::new(rank));
+            cells.extend(sent.map(|sent| Cell::new(sent.measured_bytes)));
+            cells.push(Cell::new(if equal { "yes" } else { "NO" }));
+            table.add_row(cells);
+        }
+    }
+    format!("What each rank sent, in bytes\n{}", table.trim_fmt())
+}
+
 fn cost_table(comparison: &Comparison) -> Table {
     let unit = Unit::of(comparison);
     let mut table = empty([

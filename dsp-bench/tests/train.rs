@@ -69,7 +69,8 @@ fn small(kind: ModelKind, changes: &[&str]) -> RunConfig {
 }
 
 fn run(config: &RunConfig, folder: &Path, begin: Begin) -> Result<Outcome, TrainError> {
-    train(config, folder, begin, Arc::new(|_| ()))
+    let engine = dsp_core::Engine::Threads;
+    train(config, folder, begin, &engine, Arc::new(|_| ()))
 }
 
 /// The losses of all steps, and the held-out error after them.

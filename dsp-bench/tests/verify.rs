@@ -22,6 +22,7 @@ fn options(precision: Precision, tolerance: f64) -> Options {
         precision,
         tolerance,
         ranks: RANKS.to_vec(),
+        engine: dsp_core::Engine::Threads,
     }
 }
 

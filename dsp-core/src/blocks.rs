@@ -29,7 +29,7 @@ pub const DIMS: usize = 5;
 /// One dim of a global tensor and the ranges of it that each rank holds.
 ///
 /// Unlike a [`Partition`], ranks may hold the same range (replicas, key-value heads that several ranks need).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DimBlocks {
     length: usize,
     ranges: Arc<[Vec<Range<usize>>]>,
@@ -103,6 +103,19 @@ impl Region {
     pub fn elements(&self) -> usize {
         self.extent.iter().product()
     }
+
+    /// The indices, per dim.
+    pub fn ranges(&self) -> [Range<usize>; DIMS] {
+        std::array::from_fn(|dim| self.start[dim]..self.start[dim] + self.extent[dim])
+    }
+
+    /// Whether both boxes hold an element.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        (0..DIMS).all(|dim| {
+            self.start[dim] < other.start[dim] + other.extent[dim]
+                && other.start[dim] < self.start[dim] + self.extent[dim]
+        })
+    }
 }
 
 /// A box in the sender's local block and the box of the same size in the receiver's where it lands.
@@ -115,7 +128,7 @@ pub struct Transfer {
 }
 
 /// Which box of a global rank-5 tensor each rank holds.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Blocks {
     dims: [DimBlocks; DIMS],
     ranks: usize,

@@ -4,11 +4,13 @@
 //! is payload delivered to other ranks, the same for every engine. Symbols: `B` batch, `C` channels, `d` head
 //! dim, `N` ranks, `r` this rank; `a`, `b` and `l` are the ranks' block lengths.
 
+use serde::{Deserialize, Serialize};
+
 use crate::attention::Heads;
 use crate::partition::Partition;
 
 /// Elements that a rank sends, each way.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Elements {
     /// In the forward pass.
     pub forward: u64,

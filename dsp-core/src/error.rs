@@ -1,18 +1,20 @@
 //! What can go wrong, with the values that a person needs to mend it.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use burn::tensor::DType;
+use serde::{Deserialize, Serialize};
 
 use crate::blocks::DIMS;
 use crate::layout::{LayoutError, SeqAxis};
-use crate::ledger::Collective;
+use crate::ledger::{Collective, Phase};
 use crate::partition::PartitionError;
 use crate::session::StageError;
 use crate::strategy::PlanError;
 
 /// One call of a collective, as every rank of the group must make it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
     /// Which collective.
     pub collective: Collective,
@@ -29,7 +31,7 @@ pub struct Call {
 }
 
 /// Whether a tensor takes part in automatic differentiation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tracking {
     /// A gradient will flow through it.
     Tracked,
@@ -64,7 +66,7 @@ fn after(last: &Option<Call>) -> String {
 }
 
 /// A group of ranks that cannot go on. Every rank of the group returns the same one: the root cause.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum CommError {
     /// Two ranks of a group called different collectives at the same point.
     #[error(
@@ -175,7 +177,7 @@ pub enum CommError {
         /// Who was to be in it.
         members: Vec<usize>,
         /// What is wrong with them.
-        rule: &'static str,
+        rule: Cow<'static, str>,
     },
     /// The machine would not start a thread.
     #[error("the thread of rank {rank} could not be started: {message}")]
@@ -183,6 +185,42 @@ pub enum CommError {
         /// The rank.
         rank: usize,
         /// What the operating system says.
+        message: String,
+    },
+    /// A number that is none, where a session watches for them.
+    #[error(
+        "rank {rank} has a NaN or an infinity in stage {stage:?}, where it is to {verb}, in its {}",
+        match pass {
+            Phase::Backward => "gradient",
+            _ => "activation",
+        }
+    )]
+    NotFinite {
+        /// The first rank that has one.
+        rank: usize,
+        /// The stage's name.
+        stage: String,
+        /// The verb that was to take it.
+        verb: Cow<'static, str>,
+        /// On the way forward or back.
+        pass: Phase,
+    },
+    /// A launch of more ranks than processes were started for it.
+    #[error(
+        "a launch of {asked} ranks on {started} processes: under MPI a process is a rank, so start {asked} of them"
+    )]
+    Processes {
+        /// The ranks that were asked for.
+        asked: usize,
+        /// The processes that there are.
+        started: usize,
+    },
+    /// The engine beneath failed.
+    #[error("the engine failed on rank {rank}: {message}")]
+    Engine {
+        /// The rank.
+        rank: usize,
+        /// What the engine says.
         message: String,
     },
 }

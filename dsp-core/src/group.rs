@@ -83,6 +83,15 @@ impl Group {
         self.transport.abort(cause);
     }
 
+    /// The same group with a transport around its own, to watch what it does or to disturb it.
+    #[must_use]
+    pub fn through(self, wrap: impl FnOnce(Arc<dyn Transport>) -> Arc<dyn Transport>) -> Self {
+        Self {
+            transport: wrap(self.transport),
+            ..self
+        }
+    }
+
     /// The sequence number that this group's next exchange will have.
     pub fn next_sequence(&self) -> u64 {
         self.transport.next_sequence()

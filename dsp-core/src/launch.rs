@@ -1,5 +1,5 @@
-//! Runs a function on every rank, each a thread with a pool of cores of its own, and ends all of them with
-//! one error if one fails.
+//! Runs a function on every rank, each with a pool of cores of its own, and ends all of them with one error if
+//! one fails. What a rank is, a thread or an MPI process, is a value: [`Engine`].
 
 use std::any::Any;
 use std::error::Error as StdError;
@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use crate::error::CommError;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Call, CommError};
 use crate::group::Group;
 use crate::transport::local::World;
 
@@ -36,28 +39,67 @@ fn abandoned_note(abandoned: &[usize]) -> String {
     }
 }
 
+/// What ranks are.
+#[derive(Debug, Clone, Default)]
+pub enum Engine {
+    /// Threads of this process, which read each other's memory.
+    #[default]
+    Threads,
+    /// Processes that MPI started, this one among them: each holds one rank.
+    #[cfg(feature = "mpi")]
+    Mpi(crate::transport::mpi::Mpi),
+}
+
+impl Engine {
+    /// Which of a launch's ranks this process holds.
+    pub fn held(&self, ranks: usize) -> std::ops::Range<usize> {
+        match self {
+            Self::Threads => 0..ranks,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(mpi) => mpi.rank().min(ranks)..(mpi.rank() + 1).min(ranks),
+        }
+    }
+
+    /// The bytes of tensors that this process has handed to others so far; none where ranks are threads.
+    pub fn sent_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Threads => None,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(mpi) => Some(mpi.sent_bytes()),
+        }
+    }
+}
+
 /// How ranks are launched.
 #[derive(Debug, Clone)]
 pub struct Launch {
     ranks: usize,
     timeout: Duration,
-    threads_per_rank: usize,
+    threads_per_rank: Option<usize>,
+    engine: Engine,
 }
 
 impl Launch {
-    /// `ranks` ranks that share the machine's cores, at least one thread each, and wait a minute for each
+    /// `ranks` ranks, threads that share the machine's cores, at least one each, and wait a minute for each
     /// other.
     ///
     /// # Panics
     /// If `ranks` is 0.
     pub fn new(ranks: usize) -> Self {
         assert!(ranks > 0, "a launch needs at least one rank");
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             ranks,
             timeout: Duration::from_secs(60),
-            threads_per_rank: (cores / ranks).max(1),
+            threads_per_rank: None,
+            engine: Engine::Threads,
         }
+    }
+
+    /// What the ranks are.
+    #[must_use]
+    pub fn on(mut self, engine: &Engine) -> Self {
+        self.engine = engine.clone();
+        self
     }
 
     /// How long a collective waits for the other ranks, and the launch for the last ones.
@@ -70,30 +112,73 @@ impl Launch {
     /// The number of compute threads of each rank.
     #[must_use]
     pub fn threads_per_rank(mut self, threads: usize) -> Self {
-        self.threads_per_rank = threads.max(1);
+        self.threads_per_rank = Some(threads.max(1));
         self
     }
 
-    /// Runs `function` on every rank and returns what they return, in rank order.
+    /// Runs `function` on every rank and returns, in rank order, what those return that this process holds
+    /// ([`Engine::held`]): all of them, where ranks are threads. Where they are processes, every process of the
+    /// job calls this, in the same order, also those that have no part in it.
     ///
     /// # Errors
     /// [`LaunchError`] with the first failure: a rank's own error, a panic, a collective that diverges or is
     /// not answered in time, or a rank that is stuck when the others have ended for longer than the time-out.
+    /// Every process gets the same.
     pub fn run<T, E, F>(self, function: F) -> Result<Vec<T>, LaunchError>
     where
         T: Send + 'static,
         E: Into<BoxError>,
         F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
     {
+        match self.engine.clone() {
+            Engine::Threads => self.run_threads(function),
+            #[cfg(feature = "mpi")]
+            Engine::Mpi(mpi) => self.run_process(&mpi, function),
+        }
+    }
+
+    /// Runs `function` on every rank, and returns on every process what all ranks return, in rank order.
+    ///
+    /// # Errors
+    /// As for [`Launch::run`]; [`CommError::Engine`] if a value cannot be written or read back.
+    pub fn run_shared<T, E, F>(self, function: F) -> Result<Vec<T>, LaunchError>
+    where
+        T: Serialize + DeserializeOwned + Send + Sync + 'static,
+        E: Into<BoxError>,
+        F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
+    {
+        match self.engine.clone() {
+            Engine::Threads => self.run_threads(function),
+            #[cfg(feature = "mpi")]
+            Engine::Mpi(mpi) => {
+                let timeout = self.timeout;
+                let own = self.run_process(&mpi, function)?;
+                // Everybody, so that those hear of it that had no part in the launch.
+                let everybody = Self::new(mpi.size()).timeout(timeout);
+                let all = everybody.run_process(&mpi, move |group| {
+                    crate::share::share(&own, &burn::tensor::Device::flex(), &group)
+                })?;
+                Ok(all.into_iter().flatten().flatten().collect())
+            }
+        }
+    }
+
+    fn run_threads<T, E, F>(self, function: F) -> Result<Vec<T>, LaunchError>
+    where
+        T: Send + 'static,
+        E: Into<BoxError>,
+        F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
+    {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (self.threads_per_rank).unwrap_or((cores / self.ranks).max(1));
         let world = World::new(self.ranks);
         let function = Arc::new(function);
         let (sender, endings) = mpsc::channel();
         for rank in 0..self.ranks {
             let group = Group::new(world.transport(rank), self.timeout);
             let (rank_world, function, sender) = (world.clone(), function.clone(), sender.clone());
-            let threads = self.threads_per_rank;
             let body = move || {
-                let ending = run_rank(rank, threads, &rank_world, || function(group));
+                let ending = run_rank(rank, threads, &*rank_world, || function(group));
                 rank_world.end(rank);
                 // The launch may have given this rank up.
                 let _ = sender.send((rank, ending));
@@ -112,6 +197,73 @@ impl Launch {
         }
         drop(sender);
         collect(self.ranks, self.timeout, &world, &endings)
+    }
+
+    /// This process's part of a launch on processes.
+    #[cfg(feature = "mpi")]
+    fn run_process<T, E, F>(
+        self,
+        mpi: &crate::transport::mpi::Mpi,
+        function: F,
+    ) -> Result<Vec<T>, LaunchError>
+    where
+        T: Send + 'static,
+        E: Into<BoxError>,
+        F: Fn(Group) -> Result<T, E> + Send + Sync + 'static,
+    {
+        let failed = |root, source| LaunchError {
+            root,
+            source,
+            abandoned: vec![],
+        };
+        if self.ranks > mpi.size() {
+            let (asked, started) = (self.ranks, mpi.size());
+            return Err(failed(CommError::Processes { asked, started }, None));
+        }
+        let job = Arc::new(mpi.open(self.ranks, self.timeout));
+        let threads = self.threads_per_rank.unwrap_or(mpi.cores());
+        let ending = job.transport().map(|transport| {
+            let group = Group::new(transport, self.timeout);
+            run_rank(mpi.rank(), threads, &*job, || function(group))
+        });
+        let ended = job.finish();
+        match (ending, ended) {
+            (Some(Ok(value)), Ok(())) => Ok(vec![value]),
+            (None, Ok(())) => Ok(vec![]),
+            (Some(Err(source)), Err(root)) => Err(failed(root, source)),
+            (_, Err(root)) => Err(failed(root, None)),
+            (Some(Err(_)), Ok(())) => unreachable!("a rank that fails fails its launch"),
+        }
+    }
+}
+
+/// Where a rank's failure is made known.
+trait Fails: Sync {
+    /// Fails the launch, unless it has failed before; returns the root cause.
+    fn fail(&self, cause: CommError) -> CommError;
+
+    /// The last collective that `rank` called.
+    fn last_call(&self, rank: usize) -> Option<Call>;
+}
+
+impl Fails for World {
+    fn fail(&self, cause: CommError) -> CommError {
+        World::fail(self, cause)
+    }
+
+    fn last_call(&self, rank: usize) -> Option<Call> {
+        World::last_call(self, rank)
+    }
+}
+
+#[cfg(feature = "mpi")]
+impl Fails for crate::transport::mpi::Job {
+    fn fail(&self, cause: CommError) -> CommError {
+        Self::fail(self, cause)
+    }
+
+    fn last_call(&self, _rank: usize) -> Option<Call> {
+        Self::last_call(self)
     }
 }
 
@@ -144,7 +296,7 @@ where
 fn run_rank<T: Send, E: Into<BoxError>>(
     rank: usize,
     threads: usize,
-    world: &World,
+    world: &impl Fails,
     body: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, Option<BoxError>> {
     let pool = rayon::ThreadPoolBuilder::new()

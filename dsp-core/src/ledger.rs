@@ -87,7 +87,7 @@ impl std::ops::AddAssign for Entry {
 }
 
 /// A reading of a [`Ledger`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     entries: BTreeMap<(Phase, Collective), Entry>,
 }

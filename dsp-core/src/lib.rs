@@ -17,6 +17,7 @@
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
+//! | [`share()`](share::share) | values of any type, from every rank to every rank |
 //! | [`random`] | random bits that every rank draws alike |
 //! | [`ledger`], [`cost`] | what was sent; the same by formula |
 //! | [`error`] | what can go wrong |
@@ -40,6 +41,7 @@ pub mod random;
 pub mod reference;
 pub mod session;
 pub mod shape;
+pub mod share;
 pub mod strategy;
 pub mod transport;
 pub mod vjp;
@@ -47,7 +49,7 @@ pub mod vjp;
 pub use attention::{Heads, Mask};
 pub use error::{CommError, Error};
 pub use group::Group;
-pub use launch::{Launch, LaunchError, launch};
+pub use launch::{Engine, Launch, LaunchError, launch};
 pub use layout::{AxisSet, Layout, SeqAxis, Shard};
 pub use partition::Partition;
 pub use place::Placed;

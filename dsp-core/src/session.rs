@@ -26,6 +26,7 @@ use crate::strategy::{
     AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Role, Scope,
     SequenceParallel, StageKind,
 };
+use crate::vjp;
 
 /// A model that does not walk through the stages it declared.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +96,18 @@ pub struct Session {
     plan: Arc<Plan>,
     /// The stages of which a parameter was placed with the role of rows.
     sharded: Arc<Mutex<BTreeSet<usize>>>,
+    watch: Watch,
+}
+
+/// What a session looks at, beside the layouts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Watch {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Whether everything that a verb takes is finite, its gradient too, before it is sent anywhere: the first
+    /// rank and stage that have a NaN or an infinity are then named. Reads all activations once more each way.
+    Finite,
 }
 
 impl Session {
@@ -116,7 +129,14 @@ impl Session {
             model: Arc::new(model),
             plan: Arc::new(plan),
             sharded: Arc::default(),
+            watch: Watch::Nothing,
         })
+    }
+
+    /// The same session, which looks for more on the way.
+    #[must_use]
+    pub fn watching(self, watch: Watch) -> Self {
+        Self { watch, ..self }
     }
 
     /// The same session, one of several that train one model on different data: `replicas` are the ranks that
@@ -355,6 +375,11 @@ impl Session {
     }
 }
 
+fn all_finite(x: &Tensor<DIMS>) -> bool {
+    // No tensor without elements has one that is not; Burn has no `all` of none.
+    x.shape().num_elements() == 0 || x.clone().is_finite().all().into_scalar::<bool>()
+}
+
 /// A forward pass under way: hands the model its stages one after the other.
 #[derive(Debug)]
 pub struct Stages<'a> {
@@ -463,6 +488,30 @@ impl<'a> StageRun<'a> {
         }
     }
 
+    /// `x` for a verb; with what a session watches for.
+    fn watched(&self, verb: &'static str, x: Shard) -> Result<Shard, Error> {
+        if self.session.watch == Watch::Nothing {
+            return Ok(x);
+        }
+        let (group, stage) = (self.session.group.clone(), self.scope().stage.name.clone());
+        let check = move |x: Tensor<DIMS>, pass| {
+            if all_finite(&x) {
+                return Ok(x);
+            }
+            let cause = CommError::NotFinite {
+                rank: group.rank(),
+                stage: stage.clone(),
+                verb: verb.into(),
+                pass,
+            };
+            group.abort(cause.clone());
+            Err(cause)
+        };
+        let output = check(x.tensor().clone().inner(), Phase::Forward)?;
+        let back = move |gradient| check(gradient, Phase::Backward);
+        Ok(x.map(|x| vjp::attach1(x, output, back))?)
+    }
+
     fn expect(place: &'static str, expected: &Layout, x: Shard) -> Result<Shard, LayoutError> {
         if x.layout() == expected {
             return Ok(x);
@@ -481,6 +530,7 @@ impl<'a> StageRun<'a> {
     pub fn arrange(&self, x: Shard) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("arrange", stage = %scope.stage.name).entered();
+        let x = self.watched("arrange", x)?;
         let x = self.session.strategy.arrange(x, &scope)?;
         Ok(Self::expect("arrange", &scope.plan.residual, x)?)
     }
@@ -492,6 +542,7 @@ impl<'a> StageRun<'a> {
     pub fn enter(&self, x: Shard) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("enter", stage = %scope.stage.name).entered();
+        let x = self.watched("enter", x)?;
         let x = Self::expect("enter", &scope.plan.residual, x)?;
         let x = self.session.strategy.enter(x, &scope)?;
         Ok(Self::expect("enter", &scope.plan.inner, x)?)
@@ -521,6 +572,8 @@ impl<'a> StageRun<'a> {
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
         attention::check_dropout(&attention.form, dropout)?;
+        let [query, key, value] = qkv.map(|x| self.watched("attend", x));
+        let qkv = [query?, key?, value?];
         self.session.strategy.attend(
             qkv,
             &AttentionScope {
@@ -615,6 +668,7 @@ impl<'a> StageRun<'a> {
             }
             .into());
         }
+        let x = self.watched("leave", x)?;
         let x = self.session.strategy.leave(x, bias, &scope)?;
         Ok(Self::expect("leave", &scope.plan.residual, x)?)
     }

@@ -27,6 +27,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use serde::{Deserialize, Serialize};
 
 use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp, Mask};
 use crate::collective::relayout;
@@ -554,7 +555,7 @@ pub struct Parameter<'a> {
 }
 
 /// Which part of a parameter a rank holds.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Placement {
     /// All of it: its gradient is the sum over the ranks.
     Replicated,

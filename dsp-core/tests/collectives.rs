@@ -10,7 +10,7 @@ mod common;
 use std::sync::{Arc, Barrier};
 
 use burn::tensor::{DType, Device, Tensor};
-use common::{bits, dtypes, noise, partitions, random, ranks, values};
+use common::{Held, bits, dtypes, engine, launch, noise, partitions, random, ranks, values};
 use dsp_core::blocks::{Blocks, DimBlocks};
 use dsp_core::collective::{self, all_reduce_in, relayout};
 use dsp_core::cost::{self, Elements};
@@ -18,8 +18,9 @@ use dsp_core::error::Tracking;
 use dsp_core::group::{Request, Step};
 use dsp_core::layout::{LayoutError, MeshAxis, Value};
 use dsp_core::ledger::{Collective, Entry, Phase};
-use dsp_core::{CommError, Error, Group, Layout, Partition, SeqAxis, Shard, launch, reference};
+use dsp_core::{CommError, Engine, Error, Group, Layout, Partition, SeqAxis, Shard, reference};
 use proptest::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// How the collective is called.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,9 +42,10 @@ fn modes() -> impl Strategy<Value = Mode> {
 }
 
 /// What one rank saw of a collective.
+#[derive(Serialize, Deserialize)]
 struct Observed<const D: usize> {
-    y: Tensor<D>,
-    dx: Tensor<D>,
+    y: Held<D>,
+    dx: Held<D>,
     forward: Entry,
     backward: Entry,
 }
@@ -103,8 +105,8 @@ where
         };
         let traffic = group.ledger().read();
         Ok(Observed {
-            y: y.inner(),
-            dx: gradient,
+            y: Held(y.inner()),
+            dx: Held(gradient),
             forward: traffic.phase(Phase::Forward),
             backward: traffic.phase(Phase::Backward),
         })
@@ -161,16 +163,31 @@ where
     let first = observe(blocks, &cotangents, mode, collective.clone());
     let second = observe(blocks, &cotangents, mode, collective);
     for (rank, (seen, again)) in first.iter().zip(&second).enumerate() {
-        prop_assert_eq!(seen.y.dtype(), dtype);
-        prop_assert_eq!(seen.dx.dtype(), dtype);
-        prop_assert_eq!(seen.y.dims(), y[rank].dims(), "rank {}'s result", rank);
-        prop_assert_eq!(bits(&seen.y), bits(&y[rank]), "rank {}'s result", rank);
-        prop_assert_eq!(seen.dx.dims(), dx[rank].dims(), "rank {}'s gradient", rank);
-        prop_assert_eq!(bits(&seen.dx), bits(&dx[rank]), "rank {}'s gradient", rank);
-        prop_assert_eq!(bits(&seen.y), bits(&again.y), "rank {}'s second run", rank);
+        prop_assert_eq!(seen.y.0.dtype(), dtype);
+        prop_assert_eq!(seen.dx.0.dtype(), dtype);
+        prop_assert_eq!(seen.y.0.dims(), y[rank].dims(), "rank {}'s result", rank);
+        prop_assert_eq!(bits(&seen.y.0), bits(&y[rank]), "rank {}'s result", rank);
         prop_assert_eq!(
-            bits(&seen.dx),
-            bits(&again.dx),
+            seen.dx.0.dims(),
+            dx[rank].dims(),
+            "rank {}'s gradient",
+            rank
+        );
+        prop_assert_eq!(
+            bits(&seen.dx.0),
+            bits(&dx[rank]),
+            "rank {}'s gradient",
+            rank
+        );
+        prop_assert_eq!(
+            bits(&seen.y.0),
+            bits(&again.y.0),
+            "rank {}'s second run",
+            rank
+        );
+        prop_assert_eq!(
+            bits(&seen.dx.0),
+            bits(&again.dx.0),
             "rank {}'s second run",
             rank
         );
@@ -563,9 +580,9 @@ proptest! {
                         let gradients = (y.tensor().clone() * dy).sum().backward();
                         let dx = x.grad(&gradients).unwrap();
                         let y = y.into_tensor().inner();
-                        seen.push(Ok((y, dx, group.ledger().read())));
+                        seen.push(Ok((Held(y), Held(dx), group.ledger().read())));
                     }
-                    Err(error) => seen.push(Err(error)),
+                    Err(error) => seen.push(Err(error.to_string())),
                 }
             }
             Ok(seen)
@@ -586,9 +603,9 @@ proptest! {
                 match (&seen[index], &path) {
                     (Err(error), Path::None) => {
                         let said = LayoutError::NoPath { from: from.clone().into(), to: to.clone().into() };
-                        prop_assert_eq!(error, &Error::Layout(said));
+                        prop_assert_eq!(error, &Error::Layout(said).to_string());
                     }
-                    (Ok((y, dx, traffic)), path) if *path != Path::None => {
+                    (Ok((Held(y), Held(dx), traffic)), path) if *path != Path::None => {
                         // Where nothing is sent, a rank's own terms are all: backward, the ranks' gradients
                         // are terms of a sum.
                         let (expected_y, expected_dx) = match path {
@@ -724,10 +741,10 @@ proptest! {
             let dy = tensor(c[rank].clone(), t.local_shape(rank), &device);
             let gradients = (y.clone() * dy).sum().backward();
             let traffic = group.ledger().read();
-            Ok((y.inner(), x.grad(&gradients).unwrap(), traffic))
+            Ok((Held(y.inner()), Held(x.grad(&gradients).unwrap()), traffic))
         })
         .unwrap();
-        for (rank, (y, dx, traffic)) in seen.iter().enumerate() {
+        for (rank, (Held(y), Held(dx), traffic)) in seen.iter().enumerate() {
             prop_assert_eq!(y.dims(), to.local_shape(rank));
             prop_assert_eq!(values(y), summed(&before, &after, &given, rank));
             prop_assert_eq!(dx.dims(), from.local_shape(rank));
@@ -840,12 +857,12 @@ fn rows_and_columns_of_a_mesh_run_their_own_collectives_side_by_side() {
             let weight = random(sum.dims(), 500 + group.rank() as u64, DType::F64);
             let weight = Tensor::from_data(weight.to_data(), (&device, DType::F64));
             let gradients = (sum.clone() * weight).sum().backward();
-            Ok((sum.inner(), x.grad(&gradients).unwrap()))
+            Ok((Held(sum.inner()), Held(x.grad(&gradients).unwrap())))
         })
         .unwrap();
         let partition = Partition::balanced(3 * u, u);
         let weight = |rank: usize| random([2, 3 * u], 500 + rank as u64, DType::F64);
-        for (rank, (sum, gradient)) in seen.iter().enumerate() {
+        for (rank, (Held(sum), Held(gradient))) in seen.iter().enumerate() {
             let gathered = |rank: usize| {
                 let blocks: Vec<_> = rows.members(rank).into_iter().map(block).collect();
                 reference::all_gather(&blocks, 1, &partition)[0].clone()
@@ -935,7 +952,7 @@ fn a_subgroup_without_its_caller_with_a_repeated_or_with_an_unknown_rank_is_refu
                 rank: group.rank(),
                 size: 3,
                 members,
-                rule,
+                rule: rule.into(),
             };
             assert_eq!(error, expected);
         }
@@ -947,7 +964,7 @@ fn a_subgroup_without_its_caller_with_a_repeated_or_with_an_unknown_rank_is_refu
 #[test]
 fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
     let barrier = Arc::new(Barrier::new(2));
-    launch(2, move |group| -> Result<(), CommError> {
+    dsp_core::launch(2, move |group| -> Result<(), CommError> {
         let partition = Partition::balanced(2, 2);
         let shape = [1, 2, 1, 1, 4];
         let whole = Blocks::replicated(shape, 2);
@@ -978,7 +995,7 @@ fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
 #[test]
 fn a_receivers_changes_in_place_do_not_reach_the_sender() {
     let barrier = Arc::new(Barrier::new(2));
-    launch(2, move |group| -> Result<(), CommError> {
+    dsp_core::launch(2, move |group| -> Result<(), CommError> {
         // A broadcast hands the root's own tensor on without a copy.
         let x = Tensor::<1>::full([4], group.rank() as f64, &Device::flex());
         let y = collective::broadcast(x.clone(), 0, &group)?;
@@ -990,6 +1007,98 @@ fn a_receivers_changes_in_place_do_not_reach_the_sender() {
         Ok(())
     })
     .unwrap();
+}
+
+#[test]
+fn what_mpi_started_runs_on_mpi() {
+    let by_mpirun = cfg!(feature = "mpi") && std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some();
+    assert_eq!(matches!(engine(1), Engine::Threads), !by_mpirun);
+}
+
+#[test]
+fn half_precision_moves_bit_for_bit_and_sums_in_rank_order() {
+    for dtype in [DType::F16, DType::BF16] {
+        for ranks in 1..=4 {
+            let seen = launch(ranks, move |group| -> Result<_, CommError> {
+                let partition = Partition::zigzag(7, group.size());
+                let own = random(
+                    [3, partition.count(group.rank())],
+                    group.rank() as u64,
+                    dtype,
+                );
+                let gathered = collective::all_gather(own, 1, &partition, &group)?;
+                let sum =
+                    collective::all_reduce(gathered.clone() * (1.0 + group.rank() as f64), &group)?;
+                Ok((Held(gathered), Held(sum)))
+            })
+            .unwrap();
+            let partition = Partition::zigzag(7, ranks);
+            let blocks: Vec<_> = (0..ranks)
+                .map(|rank| random([3, partition.count(rank)], rank as u64, dtype))
+                .collect();
+            let whole = &reference::all_gather(&blocks, 1, &partition)[0];
+            let terms: Vec<_> = (0..ranks)
+                .map(|rank| whole.clone() * (1.0 + rank as f64))
+                .collect();
+            let sum = reference::sum(&terms);
+            for (Held(gathered), Held(summed)) in &seen {
+                assert_eq!(gathered.dtype(), dtype);
+                assert_eq!(bits(gathered), bits(whole));
+                assert_eq!(bits(summed), bits(&sum));
+            }
+        }
+    }
+}
+
+/// Runs that are long enough to go straight from memory to memory, strided and not, and sums of them.
+#[test]
+fn large_blocks_are_moved_and_summed_like_small_ones() {
+    let (rows, columns, width) = (6, 10, 9000);
+    for ranks in 1..=4 {
+        for reversed in [false, true] {
+            let seen = launch(ranks, move |group| -> Result<_, CommError> {
+                let row = Partition::balanced(rows, group.size());
+                let column = Partition::balanced(columns, group.size());
+                let shape = [row.count(group.rank()), columns, width];
+                let mut x = random(shape, group.rank() as u64, DType::F64);
+                if reversed {
+                    let permuted = x.permute([2, 1, 0]);
+                    x = Tensor::from_data(permuted.to_data(), (&Device::flex(), DType::F64))
+                        .permute([2, 1, 0]);
+                }
+                let moved = collective::all_to_all(x.clone(), (0, &row), (1, &column), &group)?;
+                let back = collective::all_to_all(moved.clone(), (1, &column), (0, &row), &group)?;
+                let whole = collective::all_gather(x, 0, &row, &group)?;
+                let part = collective::reduce_scatter(whole, 0, &row, &group)?;
+                let digest = |x: &Tensor<3>| {
+                    let weights = values(&random(x.dims(), 5, DType::F64));
+                    (values(x).iter().zip(weights))
+                        .map(|(x, w)| x * w)
+                        .sum::<f64>()
+                };
+                Ok([digest(&moved), digest(&back), digest(&part)])
+            })
+            .unwrap();
+            let row = Partition::balanced(rows, ranks);
+            let column = Partition::balanced(columns, ranks);
+            let blocks: Vec<_> = (0..ranks)
+                .map(|rank| random([row.count(rank), columns, width], rank as u64, DType::F64))
+                .collect();
+            let moved = reference::all_to_all(&blocks, (0, &row), (1, &column));
+            let whole = reference::all_gather(&blocks, 0, &row);
+            let part = reference::reduce_scatter(&whole, 0, &row);
+            let digest = |x: &Tensor<3>| {
+                let weights = values(&random(x.dims(), 5, DType::F64));
+                (values(x).iter().zip(weights))
+                    .map(|(x, w)| x * w)
+                    .sum::<f64>()
+            };
+            for (rank, seen) in seen.iter().enumerate() {
+                let expected = [&moved[rank], &blocks[rank], &part[rank]].map(digest);
+                assert_eq!(seen, &expected, "rank {rank} of {ranks}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use common::{bits, random, values};
 use dsp_core::gradients::reduced_parameters;
 use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
-use dsp_core::session::StageError;
+use dsp_core::session::{StageError, Watch};
 use dsp_core::strategy::{
     AttentionStage, OutputLayout, Parameter, Placement, Role, StageKind, StagePlan, Units, add_bias,
 };
@@ -262,6 +262,59 @@ fn a_failure_in_backward_is_an_error_of_the_session_and_not_a_panic() {
     let CommError::PeerEnded { ended: 1, .. } = error.root else {
         panic!("{error}")
     };
+}
+
+#[test]
+fn a_session_that_watches_names_the_first_rank_and_stage_with_a_nan_forward_and_back() {
+    for (pass, infinite) in [(Phase::Forward, false), (Phase::Backward, true)] {
+        let error = launch(3, move |group| -> Result<(), Error> {
+            let session = session(&group).watching(Watch::Finite);
+            let bad = if infinite { f64::INFINITY } else { f64::NAN };
+            let x = Tensor::<5>::ones([1, 3, 2, 1, 2], &Device::flex().autodiff()).require_grad();
+            let stage = session.stages().attention()?;
+            let x = stage.arrange(session.split(x)?)?;
+            let mut h = stage.enter(x)?;
+            if group.rank() == 1 && pass == Phase::Forward {
+                h = h.map(|h| h.mul_scalar(bad))?;
+            }
+            let mut y = stage.leave(h, None)?.into_tensor();
+            if group.rank() == 1 && pass == Phase::Backward {
+                y = y.mul_scalar(bad);
+            }
+            session.backward(Loss::OfShard(y.sum()))?;
+            // Where all meet.
+            session.sum_over_ranks(Tensor::ones([1], &Device::flex()))?;
+            Ok(())
+        })
+        .unwrap_err();
+        let expected = CommError::NotFinite {
+            rank: 1,
+            stage: "space".to_owned(),
+            verb: "leave".into(),
+            pass,
+        };
+        assert_eq!(error.root, expected);
+    }
+}
+
+#[test]
+fn a_session_that_watches_computes_what_it_would_without() {
+    let run = |watch| {
+        let seen = launch(4, move |group| -> Result<_, Error> {
+            let session = session(&group).watching(watch);
+            let whole = random([1, 3, 2, 1, 2], 3, DType::F64);
+            let device = Device::flex().autodiff();
+            let x = Tensor::<5>::from_data(whole.to_data(), (&device, DType::F64)).require_grad();
+            let stage = session.stages().attention()?;
+            let own = stage.enter(stage.arrange(session.split(x.clone())?)?)?;
+            let y = stage.attend(own.clone(), own.clone(), own)?;
+            let y = stage.leave(y, None)?.into_tensor();
+            let gradients = session.backward(Loss::OfShard((y.clone() * y.clone()).sum()))?;
+            Ok((bits(&y.inner()), bits(&x.grad(&gradients).unwrap())))
+        });
+        seen.unwrap()
+    };
+    assert_eq!(run(Watch::Nothing), run(Watch::Finite));
 }
 
 /// A module with a parameter that some ranks do not use, one that is sharded and one that is frozen.

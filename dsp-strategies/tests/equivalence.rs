@@ -10,15 +10,14 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{
-    Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, linear_cases, noise, run,
-    values, whole,
+    Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, launch, linear_cases,
+    noise, run, values, whole,
 };
 use dsp_core::attention::{Documents, Dropout, DropoutKey, Logsumexp, Within};
 use dsp_core::session::Attend;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Plan, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session, Stage,
-    launch,
 };
 use dsp_strategies::Usp;
 use proptest::prelude::*;
@@ -433,7 +432,7 @@ fn dropout_of_a_linear_attention_is_refused_by_every_strategy() {
     for name in ["dsp", "ulysses", "megatron", "lasp", "lasp2"] {
         let strategy = dsp_strategies::by_name(name).unwrap();
         let shape = case.shape();
-        let refused = launch(1, move |group| -> Result<_, Error> {
+        let refused = dsp_core::launch(1, move |group| -> Result<_, Error> {
             let session = Session::new(strategy.clone(), group, shape.clone())?;
             let stage = session.stages().attention()?;
             let x = || {

@@ -8,13 +8,12 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use common::{noise, values};
+use common::{launch, noise, values};
 use dsp_core::attention::{Documents, Within};
 use dsp_core::ledger::Phase;
 use dsp_core::strategy::{AttentionStage, OutputLayout, StageKind};
 use dsp_core::{
     AxisSet, Error, Heads, Loss, Mask, ModelShape, SeqAxis, SequenceParallel, Session, Stage,
-    launch,
 };
 use dsp_strategies::{Ring, Serial};
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::architecture::{self, Package};
 use crate::command::{answers, cargo, installed, run};
+use crate::mpi;
 
 /// Where the reference files stand that `dsp verify` is run on: a folder takes all of its files.
 const FIXTURES: [&str; 2] = ["dsp-models/tests/fixtures", "dsp-core/tests/fixtures"];
@@ -36,14 +37,10 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
     })?;
     steps.step("architecture", architecture::check)?;
     steps.step("clippy", || {
-        run(cargo().args([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ]))
+        run(cargo()
+            .args(["clippy", "--workspace", "--all-targets"])
+            .args(mpi::features())
+            .args(["--", "-D", "warnings"]))
     })?;
     // The targets are named for the same reason as in `build_dsp`: nothing is then checked twice.
     steps.step("documentation", || {

@@ -11,6 +11,7 @@
 mod architecture;
 mod ci;
 mod command;
+mod mpi;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -104,14 +105,16 @@ fn bench(args: &[OsString]) -> Result<ExitCode> {
 /// features as it does for the tests, so that one build of Burn serves both. With `-p dsp-bench`
 /// the tests' own dependencies would not count, and much of Burn would be compiled twice.
 fn build_dsp() -> Result<PathBuf> {
-    run(cargo().args([
-        "build",
-        "--release",
-        "--workspace",
-        "--bin",
-        "dsp",
-        "--examples",
-    ]))?;
+    run(cargo()
+        .args([
+            "build",
+            "--release",
+            "--workspace",
+            "--bin",
+            "dsp",
+            "--examples",
+        ])
+        .args(mpi::features()))?;
     let binary = format!("dsp{}", std::env::consts::EXE_SUFFIX);
     Ok(command::target_directory()?.join("release").join(binary))
 }
@@ -130,7 +133,7 @@ fn test(args: &[OsString]) -> Result<()> {
     let mut tests = cargo();
     tests.args(runner).arg("--release");
     if !selects_packages(args) {
-        tests.arg("--workspace");
+        tests.arg("--workspace").args(mpi::features());
     }
     if !nextest {
         println!(
@@ -144,8 +147,11 @@ fn test(args: &[OsString]) -> Result<()> {
     if !nextest {
         tests.args(["--lib", "--bins", "--tests", "--examples"]);
     }
-    let doc_tests = run(cargo().args(["test", "--release", "--workspace", "--doc"]));
+    let mut doc_tests = cargo();
+    doc_tests.args(["test", "--release", "--workspace", "--doc"]);
+    let doc_tests = run(doc_tests.args(mpi::features()));
     run(&mut tests)?;
+    mpi::test()?;
     doc_tests
 }
 

@@ -9,8 +9,9 @@ use dsp_bench::progress::Progress;
 use dsp_bench::scenario::{ModelKind, Scenario};
 use dsp_bench::tracefile::TraceFile;
 use dsp_bench::{report, table};
+use dsp_core::Engine;
 
-use super::shown;
+use super::{engine, shown};
 use crate::MEMORY;
 
 #[derive(Debug, clap::Args)]
@@ -42,7 +43,7 @@ pub(crate) struct CompareArgs {
 }
 
 /// Compares.
-pub(crate) fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode> {
     let mut scenario = match (&args.scenario, args.model) {
         (Some(name), _) => Scenario::load(name)?,
         (None, Some(kind)) => Scenario::of_model(kind)?,
@@ -52,9 +53,16 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
         scenario = scenario.with_model(kind)?;
     }
     scenario.strategies = args.strategy.or(scenario.strategies);
+    // The scenario's own ranks are those that there are; who names others is told.
+    let most = engine::most_ranks(engine);
+    scenario.ranks.retain(|&ranks| ranks <= most);
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
     scenario.check(&scenario.name)?;
-    let comparer = compare::Comparer::new(scenario)?;
+    let comparer = compare::Comparer::new(scenario)?.on(engine);
+    if !engine::shows(engine) {
+        comparer.run(&Progress::lines(0, Box::new(std::io::sink())), &Unmetered)?;
+        return Ok(ExitCode::SUCCESS);
+    }
 
     let trace = TraceFile::start(&args.trace)?;
     trace.set_recording(false);
@@ -64,6 +72,9 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let trace = trace.finish()?;
 
     println!("{}", table::render(&comparison));
+    if engine.sent_bytes().is_some() {
+        println!("{}\n", table::ledgers(&comparison));
+    }
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&comparison)?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -79,6 +90,21 @@ pub(crate) fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// The memory of a process that shows nothing: it counts, and is not traced.
+struct Unmetered;
+
+impl Meter for Unmetered {
+    fn reset_peak(&self) -> u64 {
+        MEMORY.reset_peak() as u64
+    }
+
+    fn peak(&self) -> u64 {
+        MEMORY.peak_bytes() as u64
+    }
+
+    fn set_recording(&self, _recording: bool) {}
 }
 
 /// The process's own memory and trace, as a comparison meters them.

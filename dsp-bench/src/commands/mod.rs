@@ -1,6 +1,8 @@
 //! The commands of `dsp`, one a file: its arguments, and what they lead to.
 
 pub(crate) mod compare;
+pub(crate) mod engine;
+pub(crate) mod launch;
 pub(crate) mod train;
 pub(crate) mod verify;
 

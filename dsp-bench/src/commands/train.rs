@@ -10,9 +10,10 @@ use dsp_bench::scenario::ModelKind;
 use dsp_bench::train::{
     self, Begin, Change, Outcome, RunConfig, Shown, Watch, config_of, metrics_of,
 };
+use dsp_core::Engine;
 use dsp_models::training::Mesh;
 
-use super::shown;
+use super::{engine, shown};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct TrainArgs {
@@ -55,7 +56,7 @@ pub(crate) struct TrainArgs {
 }
 
 /// Trains.
-pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode> {
     let config = match (&args.resume, &args.config, args.model) {
         (Some(folder), ..) => config_of(folder)?,
         (None, Some(file), _) => RunConfig::read(file)?,
@@ -78,6 +79,10 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         (Some(_), Some(step)) => Begin::Step(step),
     };
 
+    if !engine::shows(engine) {
+        train::train(&config, &folder, begin, engine, Arc::new(|_| ()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     println!(
         "{}: {} steps under {} on {} into {}",
         config.model.kind().name(),
@@ -92,6 +97,7 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
         &config,
         &folder,
         begin,
+        engine,
         Arc::new(move |event| told.tell(event)),
     );
     watch.finish();

@@ -31,9 +31,12 @@ pub use run::{Begin, Event, Line, Outcome, TrainError, config_of, metrics_of};
 pub use task::{Baseline, Measure, Shown};
 pub use watch::Watch;
 
+use dsp_core::Engine;
+
 use crate::scenario::ModelSizes;
 
-/// Trains what a configuration says, into a folder. `watch` is told what happens.
+/// Trains what a configuration says, into a folder, on an engine. `watch` is told what happens. Where ranks are
+/// processes, all call this, and the one that holds rank 0 writes.
 ///
 /// # Errors
 /// [`TrainError`]: whatever can be known before the first step is.
@@ -41,6 +44,7 @@ pub fn train(
     config: &RunConfig,
     folder: &Path,
     begin: Begin,
+    engine: &Engine,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 ) -> Result<Outcome, TrainError> {
     match &config.model {
@@ -49,19 +53,31 @@ pub fn train(
             config,
             folder,
             begin,
+            engine,
             watch,
         ),
-        ModelSizes::Video(sizes) => {
-            run::run(video::Velocity::new(sizes)?, config, folder, begin, watch)
-        }
-        ModelSizes::Vit(sizes) => {
-            run::run(vit::WhichWayUp::new(sizes)?, config, folder, begin, watch)
-        }
+        ModelSizes::Video(sizes) => run::run(
+            video::Velocity::new(sizes)?,
+            config,
+            folder,
+            begin,
+            engine,
+            watch,
+        ),
+        ModelSizes::Vit(sizes) => run::run(
+            vit::WhichWayUp::new(sizes)?,
+            config,
+            folder,
+            begin,
+            engine,
+            watch,
+        ),
         ModelSizes::Weather(sizes) => run::run(
             weather::NextFields::new(sizes)?,
             config,
             folder,
             begin,
+            engine,
             watch,
         ),
     }

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
+use dsp_core::{
+    CommError, Engine, Group, Launch, LaunchError, PlanError, SequenceParallel, Session,
+};
 use dsp_models::training::{
     Manifest, Recompute, Report, Snapshot, SnapshotError, Store, StoreError, Subject, Trainer,
 };
@@ -226,6 +228,7 @@ pub(super) fn run<T: Task>(
     config: &RunConfig,
     folder: &Path,
     begin: Begin,
+    engine: &Engine,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 ) -> Result<Outcome, TrainError> {
     let strategy = dsp_strategies::by_name(&config.strategy)?;
@@ -254,9 +257,15 @@ pub(super) fn run<T: Task>(
         }
     };
     let store = Store::open(&checkpoints)?;
-    write_config(config, folder)?;
     let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
-    let metrics = Metrics::open(folder, step)?;
+    // Where ranks are processes, one of them writes.
+    let metrics = match engine.held(1).contains(&0) {
+        true => {
+            write_config(config, folder)?;
+            Some(Mutex::new(Metrics::open(folder, step)?))
+        }
+        false => None,
+    };
     let samples = folder.join("samples");
     fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
     watch(Event::Begins {
@@ -266,8 +275,9 @@ pub(super) fn run<T: Task>(
         baselines: &baselines,
     });
 
-    let launch =
-        Launch::new(config.mesh.ranks()).timeout(Duration::from_secs_f64(config.deadline_seconds));
+    let launch = Launch::new(config.mesh.ranks())
+        .timeout(Duration::from_secs_f64(config.deadline_seconds))
+        .on(engine);
     let shared = Arc::new(Shared {
         task,
         config: config.clone(),
@@ -276,7 +286,7 @@ pub(super) fn run<T: Task>(
         template,
         start,
         store,
-        metrics: Mutex::new(metrics),
+        metrics,
         samples,
         watch,
     });
@@ -417,7 +427,8 @@ struct Shared<T: Task> {
     template: T::Module,
     start: Option<Snapshot<T::Module>>,
     store: Store,
-    metrics: Mutex<Metrics>,
+    /// Where rank 0 notes what happens.
+    metrics: Option<Mutex<Metrics>>,
     samples: PathBuf,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 }
@@ -570,8 +581,10 @@ impl<T: Task> Shared<T> {
     }
 
     fn note(&self, line: &Line) -> Result<(), TrainError> {
-        let mut metrics = self.metrics.lock().unwrap_or_else(PoisonError::into_inner);
-        metrics.add(line)?;
+        if let Some(metrics) = &self.metrics {
+            let mut metrics = metrics.lock().unwrap_or_else(PoisonError::into_inner);
+            metrics.add(line)?;
+        }
         (self.watch)(match line {
             Line::Step { .. } => Event::Step(line),
             Line::HeldOut { step, held_out } => Event::Evaluated {

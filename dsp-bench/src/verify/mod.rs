@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::DType;
-use dsp_core::{Launch, LaunchError, PlanError, SequenceParallel};
-use serde::Serialize;
+use dsp_core::{Engine, Launch, LaunchError, PlanError, SequenceParallel};
+use serde::{Deserialize, Serialize};
 
 use crate::record::{RELATIVE_FLOOR, scientific};
 use crate::reference::{Reference, ReferenceError, Stored};
@@ -109,6 +109,8 @@ pub struct Options {
     pub tolerance: f64,
     /// The numbers of ranks.
     pub ranks: Vec<usize>,
+    /// On what they run.
+    pub engine: Engine,
 }
 
 /// One finding of a verification.
@@ -152,6 +154,23 @@ pub enum Record {
         ranks: usize,
         /// Its reason.
         reason: String,
+    },
+    /// What the ranks of a run sent, where they are processes.
+    Sent {
+        /// The file.
+        file: String,
+        /// Its kind.
+        kind: String,
+        /// The case within it.
+        case: String,
+        /// The strategy.
+        strategy: String,
+        /// The ranks.
+        ranks: usize,
+        /// Per rank, what its ledger says.
+        ledger_bytes: Vec<u64>,
+        /// Per rank, what its process handed to the others.
+        engine_bytes: Vec<u64>,
     },
 }
 
@@ -218,8 +237,20 @@ pub fn verify(
                     strategy.name()
                 ));
                 let labels = || (file.clone(), (*kind).to_owned(), this.name().to_owned());
-                match run(this, &strategy, ranks, options.precision) {
-                    Ok(Ok(produced)) => {
+                match run(this, &strategy, ranks, options) {
+                    Ok((Ok(produced), sent)) => {
+                        if let Some([ledger_bytes, engine_bytes]) = sent {
+                            let (file, kind, case) = labels();
+                            records.push(Record::Sent {
+                                file,
+                                kind,
+                                case,
+                                strategy: strategy.name().to_owned(),
+                                ranks,
+                                ledger_bytes,
+                                engine_bytes,
+                            });
+                        }
                         for (tensor, stored) in produced {
                             let Some(wanted) = expected.get(&tensor) else {
                                 continue;
@@ -246,7 +277,7 @@ pub fn verify(
                             compared.insert(tensor);
                         }
                     }
-                    Ok(Err(refusal)) => {
+                    Ok((Err(refusal), _)) => {
                         let (file, kind, case) = labels();
                         records.push(Record::Refusal {
                             file,
@@ -286,27 +317,51 @@ pub fn verify(
     Ok(records)
 }
 
-/// Runs a case: what it produced, or the strategy's refusal.
+/// What a rank of a case gives, also to other processes: what was produced, or the strategy's refusal; what its
+/// ledger says that it sent, and what its process did, if ranks are processes.
+#[derive(Serialize, Deserialize)]
+struct OnRank {
+    outcome: Result<Produced, String>,
+    ledger_bytes: u64,
+    engine_bytes: Option<u64>,
+}
+
+/// What a case produced, or the strategy's refusal; and by rank, what was sent by ledger and by engine.
+type Run = (Result<Produced, String>, Option<[Vec<u64>; 2]>);
+
+/// Runs a case.
 fn run(
     case: &Arc<dyn Case>,
     strategy: &Arc<dyn SequenceParallel>,
     ranks: usize,
-    precision: Precision,
-) -> Result<Result<Produced, String>, LaunchError> {
+    options: &Options,
+) -> Result<Run, LaunchError> {
     let (case, strategy) = (case.clone(), strategy.clone());
-    let dtype = precision.dtype();
-    let launch = Launch::new(ranks).timeout(Duration::from_secs(120));
-    let runs = launch.run(
-        move |group| match case.run(strategy.clone(), group, dtype) {
-            Ok(produced) => Ok(Ok(produced)),
+    let (dtype, engine) = (options.precision.dtype(), options.engine.clone());
+    let launch = Launch::new(ranks)
+        .timeout(Duration::from_secs(120))
+        .on(&options.engine);
+    let runs = launch.run_shared(move |group| {
+        let before = engine.sent_bytes();
+        let outcome = match case.run(strategy.clone(), group.clone(), dtype) {
+            Ok(produced) => Ok(produced),
             // Every rank refuses alike, before any work: no failure of the launch.
-            Err(CaseError::Refused(refusal)) => Ok(Err(refusal.to_string())),
-            Err(CaseError::NotApplicable(reason)) => Ok(Err(reason.to_owned())),
-            Err(error) => Err(error),
-        },
-    )?;
-    let mut runs = runs.into_iter();
-    Ok(runs.next().unwrap_or_else(|| Ok(Produced::new())))
+            Err(CaseError::Refused(refusal)) => Err(refusal.to_string()),
+            Err(CaseError::NotApplicable(reason)) => Err(reason.to_owned()),
+            Err(error) => return Err(error),
+        };
+        let ledger = group.ledger().read();
+        Ok(OnRank {
+            outcome,
+            ledger_bytes: ledger.iter().map(|(_, _, entry)| entry.bytes).sum(),
+            engine_bytes: (engine.sent_bytes().zip(before)).map(|(now, before)| now - before),
+        })
+    })?;
+    let ledger = runs.iter().map(|run| run.ledger_bytes).collect();
+    let engine: Option<Vec<u64>> = runs.iter().map(|run| run.engine_bytes).collect();
+    let sent = engine.map(|engine| [ledger, engine]);
+    let first = runs.into_iter().next().map(|run| run.outcome);
+    Ok((first.unwrap_or_else(|| Ok(Produced::new())), sent))
 }
 
 /// `max|Δ| / max(max|reference|, 1e-3)`; infinite for another shape or a value that is not finite.
@@ -374,6 +429,36 @@ pub fn tabulate(records: &[Record]) -> String {
         table.add_row([(*tensor).to_owned()].into_iter().chain(errors));
     }
     table.to_string()
+}
+
+/// What each process sent in all runs, by its ledger and by what it handed to the others, where ranks are processes:
+/// a line for each, and whether all are equal.
+pub fn ledgers(records: &[Record]) -> (Vec<String>, bool) {
+    let mut sums: BTreeMap<usize, [u64; 2]> = BTreeMap::new();
+    let mut equal = true;
+    for record in records {
+        let Record::Sent {
+            ledger_bytes,
+            engine_bytes,
+            ..
+        } = record
+        else {
+            continue;
+        };
+        for (process, (ledger, engine)) in ledger_bytes.iter().zip(engine_bytes).enumerate() {
+            let [ledgers, engines] = sums.entry(process).or_default();
+            *ledgers += ledger;
+            *engines += engine;
+            equal &= ledger == engine;
+        }
+    }
+    let lines = sums.into_iter().map(|(process, [ledger, engine])| {
+        let verdict = if ledger == engine { "equal" } else { "NOT EQUAL" };
+        format!(
+            "process {process}: {ledger} bytes by its ledger, {engine} bytes handed to others: {verdict}"
+        )
+    });
+    (lines.collect(), equal)
 }
 
 /// The refusals among the records: a line for each case and strategy, with the reason on the fewest ranks.

@@ -47,19 +47,45 @@ fn handed_over(shape: [usize; DIMS], sources: &[Source]) -> Option<Tensor<DIMS>>
         .then(|| source.tensor.clone())
 }
 
+/// Boxes of a tensor end to end, each row-major, as messages carry them.
+#[cfg(feature = "mpi")]
+pub(super) fn pack(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
+    match tensor.dtype() {
+        DType::F32 => flex::pack::<f32>(tensor, boxes),
+        DType::F64 => flex::pack::<f64>(tensor, boxes),
+        _ => {
+            let flat = boxes.iter().map(|transfer| {
+                let values = tensor.clone().slice(transfer.source.ranges());
+                crate::shape::reshape(values, [transfer.source.elements()])
+            });
+            Tensor::cat(flat.collect(), 0)
+        }
+    }
+}
+
+/// Lays boxes of an f32 or f64 tensor into a block of `shape`, given as bytes, in which nothing is there yet.
+#[cfg(feature = "mpi")]
+pub(super) fn lay(
+    tensor: &Tensor<DIMS>,
+    boxes: &[Transfer],
+    shape: [usize; DIMS],
+    block: &mut [u8],
+) {
+    match tensor.dtype() {
+        DType::F32 => flex::lay::<f32>(tensor, boxes, shape, bytemuck::cast_slice_mut(block)),
+        DType::F64 => flex::lay::<f64>(tensor, boxes, shape, bytemuck::cast_slice_mut(block)),
+        dtype => unreachable!("a tensor of {dtype:?} is not laid in place"),
+    }
+}
+
 fn portable(shape: [usize; DIMS], sources: Vec<Source>) -> Tensor<DIMS> {
     let first = &sources[0].tensor;
     let dtype: DType = first.dtype();
     let mut block = Tensor::<DIMS>::zeros(shape, (&first.device(), dtype));
     for source in sources {
         for transfer in source.transfers {
-            let ranges = |region: crate::blocks::Region| {
-                std::array::from_fn::<_, DIMS, _>(|dim| {
-                    region.start[dim]..region.start[dim] + region.extent[dim]
-                })
-            };
-            let arriving = source.tensor.clone().slice(ranges(transfer.source));
-            let target = ranges(transfer.target);
+            let arriving = source.tensor.clone().slice(transfer.source.ranges());
+            let target = transfer.target.ranges();
             let sum = block.clone().slice(target.clone()) + arriving;
             block = block.slice_assign(target, sum);
         }
@@ -104,6 +130,46 @@ mod flex {
         Tensor::from_data(TensorData::new(block, shape), (&device, dtype))
     }
 
+    #[cfg(feature = "mpi")]
+    pub(super) fn pack<E>(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1>
+    where
+        E: Element + bytemuck::Pod + Default,
+    {
+        let device = tensor.device();
+        let count = boxes.iter().map(|b| b.source.elements()).sum();
+        let mut packed = vec![E::default(); count];
+        let Ok(tensor) = tensor.clone().try_into_primitive::<Flex>() else {
+            unreachable!("only tensors on Flex are packed");
+        };
+        let mut rest = &mut packed[..];
+        for transfer in boxes {
+            let mut transfer = *transfer;
+            transfer.target.start = [0; DIMS];
+            let extent = transfer.target.extent;
+            let (part, after) = rest.split_at_mut(transfer.target.elements());
+            place(part, extent, &tensor, &transfer, |old, new| *old = new);
+            rest = after;
+        }
+        Tensor::from_data(TensorData::new(packed, [count]), (&device, E::dtype()))
+    }
+
+    #[cfg(feature = "mpi")]
+    pub(super) fn lay<E>(
+        tensor: &Tensor<DIMS>,
+        boxes: &[Transfer],
+        shape: [usize; DIMS],
+        block: &mut [E],
+    ) where
+        E: Element + bytemuck::Pod,
+    {
+        let Ok(tensor) = tensor.clone().try_into_primitive::<Flex>() else {
+            unreachable!("only tensors on Flex are laid in place");
+        };
+        for transfer in boxes {
+            place(block, shape, &tensor, transfer, |old, new| *old = new);
+        }
+    }
+
     /// The boxes written so far: a box that meets none of them is copied, one that does is added.
     ///
     /// Boxes of one exchange either tile the block or coincide in runs, so a partial overlap, though rare,
@@ -113,13 +179,8 @@ mod flex {
 
     impl Written {
         fn overlaps(&self, other: &Transfer) -> bool {
-            self.0.iter().any(|earlier| {
-                (0..DIMS).all(|dim| {
-                    let (a, b) = (&earlier.target, &other.target);
-                    a.start[dim] < b.start[dim] + b.extent[dim]
-                        && b.start[dim] < a.start[dim] + a.extent[dim]
-                })
-            })
+            let target = &other.target;
+            self.0.iter().any(|earlier| earlier.target.overlaps(target))
         }
 
         fn add(&mut self, transfer: &Transfer) {

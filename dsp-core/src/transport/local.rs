@@ -13,6 +13,7 @@ use std::time::Instant;
 use burn::tensor::Tensor;
 
 use super::copy::{Source, assemble};
+use super::position::{GroupId, Position};
 use super::{Arrival, Exchange, Pending, Transport};
 use crate::blocks::{Blocks, DIMS};
 use crate::error::{Call, CommError};
@@ -39,15 +40,6 @@ struct State {
 struct RankState {
     last: Option<Call>,
     ended: bool,
-}
-
-/// Which group: its members by world rank, the group that it was made from, and the how-manieth group of
-/// these members that one made.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct GroupId {
-    members: Vec<usize>,
-    parent: Option<Arc<GroupId>>,
-    number: u64,
 }
 
 #[derive(Debug)]
@@ -81,14 +73,8 @@ impl World {
     pub(crate) fn transport(self: &Arc<Self>, rank: usize) -> Arc<dyn Transport> {
         Arc::new(LocalTransport {
             world: self.clone(),
-            id: Arc::new(GroupId {
-                members: (0..self.ranks).collect(),
-                parent: None,
-                number: 0,
-            }),
-            rank,
+            position: Position::new(GroupId::world(self.ranks), rank),
             sequence: AtomicU64::new(0),
-            subgroups: Mutex::new(HashMap::new()),
         })
     }
 
@@ -149,26 +135,17 @@ impl World {
 #[derive(Debug)]
 struct LocalTransport {
     world: Arc<World>,
-    id: Arc<GroupId>,
-    rank: usize,
+    position: Position,
     sequence: AtomicU64,
-    /// How many sub-groups of the same members were made: all members count alike.
-    subgroups: Mutex<HashMap<Vec<usize>, u64>>,
-}
-
-impl LocalTransport {
-    fn world_rank(&self) -> usize {
-        self.id.members[self.rank]
-    }
 }
 
 impl Transport for LocalTransport {
     fn rank(&self) -> usize {
-        self.rank
+        self.position.rank
     }
 
     fn size(&self) -> usize {
-        self.id.members.len()
+        self.position.size()
     }
 
     fn next_sequence(&self) -> u64 {
@@ -200,13 +177,13 @@ impl Transport for LocalTransport {
             after,
         };
         let mut state = self.world.lock();
-        state.ranks[self.world_rank()].last = Some(call.clone());
+        state.ranks[self.position.world_rank()].last = Some(call.clone());
         if let Some(fate) = &state.fate {
             return Err(fate.clone());
         }
         let round = state
             .rounds
-            .entry((self.id.clone(), sequence))
+            .entry((self.position.id.clone(), sequence))
             .or_insert_with(|| Round {
                 posts: vec![None; self.size()],
                 taken: 0,
@@ -220,12 +197,12 @@ impl Transport for LocalTransport {
             drop(state);
             return Err(self.world.fail(error));
         }
-        let expected = post.before.local_shape(self.rank);
+        let expected = post.before.local_shape(self.position.rank);
         let got = post.tensor.dims();
         if expected != got {
             drop(state);
             return Err(self.world.fail(CommError::Shape {
-                rank: self.world_rank(),
+                rank: self.position.world_rank(),
                 call,
                 expected,
                 got,
@@ -233,57 +210,23 @@ impl Transport for LocalTransport {
         }
         let pending = LocalPending {
             world: self.world.clone(),
-            id: self.id.clone(),
-            rank: self.rank,
+            id: self.position.id.clone(),
+            rank: self.position.rank,
             call,
             before: post.before.clone(),
             after: post.after.clone(),
         };
-        round.posts[self.rank] = Some(post);
+        round.posts[self.position.rank] = Some(post);
         drop(state);
         self.world.changed.notify_all();
         Ok(Box::new(pending))
     }
 
     fn subgroup(&self, members: &[usize]) -> Result<Arc<dyn Transport>, CommError> {
-        let refuse = |rule| CommError::Members {
-            rank: self.rank,
-            size: self.size(),
-            members: members.to_vec(),
-            rule,
-        };
-        if members.iter().any(|&member| member >= self.size()) {
-            return Err(refuse("each member must be a rank of the group"));
-        }
-        let mut sorted = members.to_vec();
-        sorted.sort_unstable();
-        sorted.dedup();
-        if sorted.len() != members.len() {
-            return Err(refuse("each member may be named once"));
-        }
-        let Some(rank) = members.iter().position(|&member| member == self.rank) else {
-            return Err(refuse("the rank that asks must be a member"));
-        };
-        let world_ranks: Vec<_> = members
-            .iter()
-            .map(|&member| self.id.members[member])
-            .collect();
-        let mut made = self
-            .subgroups
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let count = made.entry(world_ranks.clone()).or_insert(0);
-        *count += 1;
         Ok(Arc::new(Self {
             world: self.world.clone(),
-            id: Arc::new(GroupId {
-                members: world_ranks,
-                parent: Some(self.id.clone()),
-                number: *count,
-            }),
-            rank,
+            position: self.position.subgroup(members)?,
             sequence: AtomicU64::new(0),
-            subgroups: Mutex::new(HashMap::new()),
         }))
     }
 
@@ -294,8 +237,8 @@ impl Transport for LocalTransport {
 
 impl LocalTransport {
     fn disagreement(&self, mine: &Post, other: usize, theirs: &Post) -> Option<CommError> {
-        let rank = self.world_rank();
-        let other = self.id.members[other];
+        let rank = self.position.world_rank();
+        let other = self.position.id.members[other];
         if mine.call != theirs.call {
             return Some(CommError::Mismatch {
                 rank,

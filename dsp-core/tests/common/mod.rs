@@ -5,11 +5,15 @@
     reason = "a test whose preparation fails has failed"
 )]
 
+mod engine;
+
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use dsp_core::Partition;
+pub(crate) use engine::{engine, launch};
 use proptest::prelude::*;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A value in [-1, 1) for each pair of numbers, without any generator's state.
 pub(crate) fn noise(seed: u64, index: usize) -> f64 {
@@ -39,6 +43,24 @@ pub(crate) fn bits<const D: usize>(tensor: &Tensor<D>) -> Vec<u64> {
 /// The values.
 pub(crate) fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
     tensor.to_data().iter::<f64>().collect()
+}
+
+/// A tensor that a rank returns, also to other processes.
+#[derive(Debug, Clone)]
+pub(crate) struct Held<const D: usize>(pub(crate) Tensor<D>);
+
+impl<const D: usize> Serialize for Held<D> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.to_data().serialize(serializer)
+    }
+}
+
+impl<'de, const D: usize> Deserialize<'de> for Held<D> {
+    fn deserialize<S: Deserializer<'de>>(deserializer: S) -> Result<Self, S::Error> {
+        let data = TensorData::deserialize(deserializer)?;
+        let dtype = data.dtype();
+        Ok(Self(Tensor::from_data(data, (&Device::flex(), dtype))))
+    }
 }
 
 /// A partition from the rank that owns each position, each rank's runs in ascending order.

@@ -6,6 +6,8 @@
     reason = "each test binary uses a part; a test that cannot read its file has failed"
 )]
 
+#[path = "../../../dsp-core/tests/common/engine.rs"]
+mod engine;
 pub(crate) mod language;
 pub(crate) mod weather;
 
@@ -32,6 +34,10 @@ use dsp_models::video_dit::{
 use dsp_models::weights::named_gradients;
 use dsp_models::{BlockConfig, VideoDitConfig};
 use safetensors::{Dtype, SafeTensors};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use engine::engine;
 
 /// Every strategy, serial first, but those for another form of attention: those that refuse softmax attention over
 /// the only axis for its form. (That they are the right ones, the tests of the strategies say.)
@@ -54,7 +60,7 @@ pub(crate) fn softmax_strategies() -> Vec<Arc<dyn SequenceParallel>> {
 }
 
 /// A value and its shape, whatever its element type was.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Values {
     pub(crate) shape: Vec<usize>,
     pub(crate) values: Vec<f64>,
@@ -155,7 +161,7 @@ pub(crate) enum LossFrom {
 }
 
 /// What a rank's ledger says, and what the formulas say it must.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Account {
     pub(crate) forward: (u64, u64),
     pub(crate) backward: (u64, u64),
@@ -441,11 +447,12 @@ pub(crate) fn summed<const D: usize>(
     Ok(Values::of(&sum.into_data()))
 }
 
-pub(crate) fn launch<T: Send + 'static>(
+pub(crate) fn launch<T: Serialize + DeserializeOwned + Send + Sync + 'static>(
     ranks: usize,
     function: impl Fn(Group) -> Result<T, ModelError> + Send + Sync + 'static,
 ) -> Result<Vec<T>, LaunchError> {
-    Launch::new(ranks).threads_per_rank(1).run(function)
+    let launch = Launch::new(ranks).on(&engine(ranks)).threads_per_rank(1);
+    launch.run_shared(function)
 }
 
 /// Every rank must have found the same.

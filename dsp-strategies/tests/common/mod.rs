@@ -8,6 +8,9 @@
     reason = "a test whose preparation fails has failed"
 )]
 
+#[path = "../../../dsp-core/tests/common/engine.rs"]
+mod engine;
+
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -28,7 +31,9 @@ use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Partition, Placed, PlanError, SeqAxis,
     SequenceParallel, Session, Shard, Stage,
 };
+pub(crate) use engine::{engine, launch};
 use proptest::prelude::*;
+use serde::{Deserialize, Serialize};
 
 /// One sub-layer of the model.
 #[derive(Debug, Clone, PartialEq)]
@@ -339,7 +344,7 @@ impl Layer {
 }
 
 /// A gradient on one rank, and which part of the whole it is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Gradient {
     shape: Vec<usize>,
     placement: Placement,
@@ -347,7 +352,7 @@ pub(crate) struct Gradient {
 }
 
 /// What one rank saw.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Seen {
     pub(crate) output: Vec<f64>,
     input: Vec<f64>,
@@ -422,7 +427,8 @@ pub(crate) fn run_replicas(
     let samples = Partition::balanced(case.batch, replicas);
     let seen = Launch::new(ranks * replicas)
         .timeout(std::time::Duration::from_secs(20))
-        .run(move |world| -> Result<Seen, Error> {
+        .on(&engine(ranks * replicas))
+        .run_shared(move |world| -> Result<Seen, Error> {
             let inside = MeshAxis {
                 stride: 1,
                 size: ranks,

@@ -1,0 +1,291 @@
+//! `dsp launch`: starts a job's ranks, shows what they say, and ends them together.
+//!
+//! ```text
+//!   local                       mpi                                    nccl
+//!   launcher                    launcher                               launcher
+//!      │                           │ mpirun -n N                          ├── dsp …  RANK=0 LOCAL_RANK=0
+//!      └── dsp … (N threads)       ├── dsp rank ── dsp …  RANK=0          ├── dsp …  RANK=1 LOCAL_RANK=1
+//!                                  └── dsp rank ── dsp …  RANK=1          └── …
+//! ```
+//!
+//! Every line comes out with its rank before it. When the first rank fails, the others have a grace to find that
+//! out and to say what they saw; then all are ended, and the launcher returns the first one's exit code. A
+//! training can then be started again from its last checkpoint.
+//!
+//! Whoever is started dies with who started it: its standard input closes ([`die_with_parent`]).
+
+mod arguments;
+mod process;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+pub use arguments::{Environment, Place};
+pub use process::{TIED, die_with_parent, run_rank};
+
+/// What moves data between a job's ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TransportKind {
+    /// Ranks are threads of one process, which read each other's memory.
+    Local,
+    /// Ranks are processes on one machine or many; MPI moves the data.
+    Mpi,
+    /// Ranks are processes with a GPU each; NCCL moves the data.
+    Nccl,
+}
+
+impl TransportKind {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Mpi => "mpi",
+            Self::Nccl => "nccl",
+        }
+    }
+}
+
+/// A job to start.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The program of which every rank runs a copy: this one.
+    pub program: PathBuf,
+    /// What it is to do, from the subcommand on.
+    pub arguments: Vec<OsString>,
+    /// The ranks; on this machine, where several launchers start a part of the job each (Slurm).
+    pub ranks: usize,
+    /// What moves data between them.
+    pub transport: TransportKind,
+    /// More words for `mpirun`, e.g. `--hostfile hosts`.
+    pub mpirun: Vec<OsString>,
+    /// How long the ranks may go on after the first has failed.
+    pub grace: Duration,
+    /// How often a training is started again.
+    pub restarts: usize,
+    /// With how many ranks fewer each time.
+    pub fewer: usize,
+}
+
+/// Why a job was not started, or cannot be started again.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LauncherError {
+    /// A program that cannot be run.
+    #[error("cannot start {program}: {source}{}", hint(program))]
+    Start {
+        /// The program.
+        program: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Only a training has checkpoints to go on from.
+    #[error("--restarts is for a training: {command:?} has no checkpoint to go on from")]
+    NotRestartable {
+        /// The subcommand.
+        command: String,
+    },
+    /// A rank that cannot be asked how it is.
+    #[error("waiting for a rank: {0}")]
+    Wait(#[source] std::io::Error),
+}
+
+fn hint(program: &str) -> &'static str {
+    match program {
+        "mpirun" => " (of Debian's openmpi-bin, or the cluster's module of MPI)",
+        _ => "",
+    }
+}
+
+/// How often the processes are looked at while they are quiet.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// How long what was said last is waited for.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// What happens in a job.
+#[derive(Debug)]
+enum Event {
+    /// A rank said something.
+    Line(Option<usize>, Stream, String),
+    /// A shim says that its rank ended, with this exit code.
+    Ended(usize, i32),
+}
+
+/// Where a line was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Output,
+    Error,
+}
+
+/// Runs a job, and starts it again as often as it may be; the exit code is that of the first rank that failed the
+/// last time, or 0.
+///
+/// # Errors
+/// [`LauncherError`] if a process cannot be started, or the job is none that can be started again.
+pub fn run(job: &Job, environment: &Environment) -> Result<i32, LauncherError> {
+    let mut arguments = arguments::first(job);
+    let mut ranks = job.ranks;
+    for attempt in 0.. {
+        let failed = run_once(job, ranks, &arguments, environment)?;
+        let Some((rank, code)) = failed else {
+            return Ok(0);
+        };
+        say(&format!("rank {rank} failed first, with exit code {code}"));
+        if attempt == job.restarts {
+            return Ok(code);
+        }
+        ranks = ranks.saturating_sub(job.fewer).max(1);
+        arguments = arguments::again(job, ranks)?;
+        let words: Vec<_> = arguments
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect();
+        say(&format!(
+            "restart {} of {} on {ranks} ranks: {}",
+            attempt + 1,
+            job.restarts,
+            words.join(" ")
+        ));
+    }
+    unreachable!("attempts are counted")
+}
+
+/// What the launcher itself has to say.
+#[allow(
+    clippy::print_stderr,
+    reason = "what a launcher says is for who started it"
+)]
+fn say(text: &str) {
+    eprintln!("[launch] {text}");
+}
+
+/// One attempt: the first rank that failed, with its exit code.
+fn run_once(
+    job: &Job,
+    ranks: usize,
+    arguments: &[OsString],
+    environment: &Environment,
+) -> Result<Option<(usize, i32)>, LauncherError> {
+    let (events, happens) = mpsc::channel();
+    let mut started = start(job, ranks, arguments, environment, &events)?;
+    drop(events);
+    let first = watch(&happens, &mut started, job.grace);
+    for (_, child) in &mut started {
+        process::end(child).map_err(LauncherError::Wait)?;
+    }
+    // What was said last: the pipes close when nobody is left to write into them.
+    let until = Instant::now() + LAST_WORDS;
+    while let Ok(event) = happens.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        if let Event::Line(rank, stream, text) = event {
+            process::show(rank, stream, &text);
+        }
+    }
+    first
+}
+
+/// Shows what happens until all have ended, or the grace after the first failure is over.
+fn watch(
+    happens: &Receiver<Event>,
+    started: &mut [(usize, Child)],
+    grace: Duration,
+) -> Result<Option<(usize, i32)>, LauncherError> {
+    let mut first: Option<(usize, i32)> = None;
+    let mut until: Option<Instant> = None;
+    let mut fail = |rank, code| {
+        if code != 0 && first.is_none() {
+            first = Some((rank, code));
+            until = Some(Instant::now() + grace);
+        }
+        until
+    };
+    let mut ended = vec![false; started.len()];
+    let mut end = None;
+    while ended.contains(&false) && end.is_none_or(|end| Instant::now() < end) {
+        match happens.recv_timeout(GLANCE) {
+            Ok(Event::Line(rank, stream, text)) => process::show(rank, stream, &text),
+            Ok(Event::Ended(rank, code)) => end = fail(rank, code),
+            // Quiet, or nobody left to say anything: how are they?
+            Err(quiet) => {
+                if quiet == RecvTimeoutError::Disconnected {
+                    std::thread::sleep(GLANCE);
+                }
+                for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
+                    if !*ended
+                        && let Some(status) = child.try_wait().map_err(LauncherError::Wait)?
+                    {
+                        *ended = true;
+                        end = fail(*rank, process::code(status));
+                    }
+                }
+            }
+        }
+    }
+    Ok(first)
+}
+
+/// Starts the processes of one attempt.
+fn start(
+    job: &Job,
+    ranks: usize,
+    arguments: &[OsString],
+    environment: &Environment,
+    events: &Sender<Event>,
+) -> Result<Vec<(usize, Child)>, LauncherError> {
+    let master = environment.master();
+    let mut started = Vec::new();
+    let mut begin = |command: &mut Command, rank: usize| {
+        // What `mpirun` starts names its ranks itself.
+        let own = (job.transport != TransportKind::Mpi).then_some(rank);
+        match process::start(command, own, events) {
+            Ok(child) => {
+                started.push((rank, child));
+                Ok(())
+            }
+            Err(source) => {
+                // Those that have been started must not wait for ever.
+                for (_, child) in &mut started {
+                    let _ = process::end(child);
+                }
+                let program = command.get_program().to_string_lossy().into_owned();
+                Err(LauncherError::Start { program, source })
+            }
+        }
+    };
+    match job.transport {
+        TransportKind::Local => {
+            let place = environment.place_of(0, 1);
+            let mut command = Command::new(&job.program);
+            command.args(arguments).envs(place.variables(&master));
+            command.env("WORLD_SIZE", ranks.to_string());
+            begin(&mut command, 0)?;
+        }
+        TransportKind::Nccl => {
+            for local in 0..ranks {
+                let place = environment.place_of(local, ranks);
+                let mut command = Command::new(&job.program);
+                command.args(["--transport", "nccl"]).args(arguments);
+                command.envs(place.variables(&master));
+                begin(&mut command, place.rank)?;
+            }
+        }
+        TransportKind::Mpi => {
+            let mut command = Command::new("mpirun");
+            command.args(["-n", &ranks.to_string()]).args(&job.mpirun);
+            // A rank that dies is ours to report: the others are to find out first, and to say so.
+            command.env("OMPI_MCA_orte_abort_on_non_zero_status", "0");
+            command.env("OMPI_MCA_orte_allowed_exit_without_sync", "1");
+            command.envs(master.variables());
+            command
+                .arg(&job.program)
+                .arg("rank")
+                .arg("--")
+                .args(arguments);
+            begin(&mut command, 0)?;
+        }
+    }
+    Ok(started)
+}

@@ -1,0 +1,118 @@
+//! The tests on MPI: the same test binaries, started by `mpirun` on one to four processes.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::command::{answers, cargo};
+
+/// The tests whose launches run on MPI where there is one: collectives, the ways of failing, strategies.
+const TESTS: [&str; 4] = ["collectives", "ranks", "sessions", "equivalence"];
+
+/// All processes draw the same cases.
+const SEED: &str = "7";
+
+/// A job that takes longer hangs.
+const LIMIT_SECONDS: &str = "600";
+
+/// Whether MPI can be compiled against and run.
+pub(crate) fn installed() -> bool {
+    ["mpicc", "mpirun"]
+        .iter()
+        .all(|program| answers(Command::new(program).arg("--version")))
+}
+
+/// The features to build with: one build serves the tests on threads, those on MPI and `dsp`.
+pub(crate) fn features() -> &'static [&'static str] {
+    match installed() {
+        true => &["--features", "mpi"],
+        false => &[],
+    }
+}
+
+/// Runs the tests of [`TESTS`] on one to four processes; builds what is missing.
+pub(crate) fn test() -> Result<()> {
+    if !installed() {
+        println!(
+            "MPI is not installed (Debian: libopenmpi-dev openmpi-bin): its tests are left out"
+        );
+        return Ok(());
+    }
+    for (name, binary) in binaries()? {
+        for processes in 1..=4 {
+            let start = Instant::now();
+            let job = mpirun(processes)
+                .arg(&binary)
+                .args(["--test-threads", "1"])
+                .stdin(Stdio::null())
+                .output()
+                .context("starting mpirun")?;
+            let output = String::from_utf8_lossy(&job.stdout);
+            let passed = output.matches("test result: ok.").count();
+            if !job.status.success() || passed != processes {
+                let errors = String::from_utf8_lossy(&job.stderr);
+                bail!(
+                    "{name} on {processes} processes: {}\n{output}\n{errors}",
+                    job.status
+                );
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            println!("{name} on {processes} processes: passed in {seconds:.1} s");
+        }
+    }
+    Ok(())
+}
+
+fn mpirun(processes: usize) -> Command {
+    let mut mpirun = Command::new("mpirun");
+    mpirun
+        .args([
+            "-n",
+            &processes.to_string(),
+            "--oversubscribe",
+            "--allow-run-as-root",
+        ])
+        .args(["--timeout", LIMIT_SECONDS])
+        // A test binary ends without a word to MPI.
+        .args(["--mca", "orte_allowed_exit_without_sync", "1"])
+        .env("PROPTEST_RNG_SEED", SEED);
+    mpirun
+}
+
+/// The test binaries, as cargo names them.
+fn binaries() -> Result<Vec<(String, PathBuf)>> {
+    let mut build = cargo();
+    build.args([
+        "test",
+        "--release",
+        "--workspace",
+        "--no-run",
+        "--message-format",
+        "json",
+    ]);
+    build
+        .args(features())
+        .args(["--lib", "--bins", "--tests", "--examples"]);
+    let built = crate::command::output(&mut build)?;
+    let messages = (built.split(|&byte| byte == b'\n'))
+        .filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    let mut found = Vec::new();
+    for message in messages {
+        let name = message["target"]["name"].as_str().unwrap_or_default();
+        let is_test = message["target"]["kind"][0] == "test";
+        if let (true, Some(path)) = (
+            is_test && TESTS.contains(&name),
+            message["executable"].as_str(),
+        ) {
+            found.push((name.to_owned(), path.into()));
+        }
+    }
+    if found.len() < TESTS.len() {
+        bail!("cargo built {found:?}, where {TESTS:?} were expected");
+    }
+    found.sort_by_key(|(name, _)| TESTS.iter().position(|test| test == name));
+    Ok(found)
+}
