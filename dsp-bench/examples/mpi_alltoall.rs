@@ -89,9 +89,10 @@ fn raw() -> anyhow::Result<()> {
         let counts = (0..size).map(|peer| count(own.count(rank), other.count(peer)));
         let counts: Vec<i32> = counts.collect::<Result<_, _>>()?;
         let mut start = 0;
-        let starts = counts
-            .iter()
-            .map(|count| std::mem::replace(&mut start, start + count));
+        let starts = counts.iter().map(|count| {
+            let end = start + count;
+            std::mem::replace(&mut start, end)
+        });
         let starts = starts.collect();
         Ok((counts, starts))
     };

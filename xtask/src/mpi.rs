@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::command::{answers, cargo};
 
 /// The tests whose launches run on MPI where there is one: collectives, the ways of failing, strategies.
-const TESTS: [&str; 4] = ["collectives", "ranks", "sessions", "equivalence"];
+const TESTS: [&str; 3] = ["collectives", "ranks", "equivalence"];
 
 /// All processes draw the same cases.
 const SEED: &str = "7";

@@ -33,6 +33,13 @@ pub(super) fn start(
     events: &Sender<Event>,
 ) -> io::Result<Child> {
     let mut child = spawn(command)?;
+    if let Some(rank) = rank {
+        show(
+            Some(rank),
+            Stream::Error,
+            &format!("is process {}", child.id()),
+        );
+    }
     let pipes: [Option<(Box<dyn Read + Send>, Stream)>; 2] = [
         child
             .stdout

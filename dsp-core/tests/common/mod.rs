@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use dsp_core::Partition;
+#[allow(unused_imports, reason = "each test binary uses its own part of this")]
 pub(crate) use engine::{engine, launch};
 use proptest::prelude::*;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

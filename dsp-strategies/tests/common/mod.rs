@@ -31,6 +31,7 @@ use dsp_core::{
     AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Partition, Placed, PlanError, SeqAxis,
     SequenceParallel, Session, Shard, Stage,
 };
+#[allow(unused_imports, reason = "each test binary uses its own part of this")]
 pub(crate) use engine::{engine, launch};
 use proptest::prelude::*;
 use serde::{Deserialize, Serialize};

@@ -1,0 +1,210 @@
+//! `dsp launch` as a process: exit codes, lines by rank, and a training that goes on after a rank was killed.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "a test whose helper fails has failed")]
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dsp_bench::train::{Line, metrics_of};
+
+const STEPS: u64 = 120;
+
+fn launch(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dsp"));
+    command.arg("launch").args(arguments);
+    command
+}
+
+#[test]
+fn the_first_failures_exit_code_is_the_launchers_and_lines_have_their_rank() {
+    let output = launch(&["-n", "2", "--", "compare", "--scenario", "no such file"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("[0] dsp: "), "{errors}");
+    assert!(
+        errors.contains("[launch] rank 0 failed first, with exit code 2"),
+        "{errors}"
+    );
+}
+
+#[test]
+fn what_has_no_checkpoint_is_not_started_again() {
+    let arguments = [
+        "-n",
+        "1",
+        "--restarts",
+        "1",
+        "--",
+        "compare",
+        "--scenario",
+        "no such file",
+    ];
+    let output = launch(&arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("\"compare\" has no checkpoint"), "{errors}");
+}
+
+/// A language model so small that a step takes a millisecond.
+fn training(folder: &Path) -> Vec<String> {
+    let mut arguments = vec!["train", "--model", "lm", "--strategy", "ring", "--out"];
+    arguments.push(folder.to_str().unwrap());
+    for change in [
+        "model.tokens=9",
+        "model.depth=1",
+        "model.hidden=16",
+        "model.inner=16",
+        "training.batch=1",
+        "training.warmup=0",
+        "training.schedule=constant",
+        "training.weight_decay=0.0",
+        "checkpoint_every=5",
+        "evaluate_every=1000000",
+        "keep=2",
+        "deadline_seconds=3.0",
+    ] {
+        arguments.extend(["--set", change]);
+    }
+    let mut arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
+    arguments.extend(["--steps".to_owned(), STEPS.to_string()]);
+    arguments
+}
+
+fn losses(folder: &Path) -> Vec<f64> {
+    let step = |line| match line {
+        Line::Step { loss, .. } => Some(loss),
+        Line::HeldOut { .. } => None,
+    };
+    metrics_of(folder)
+        .unwrap()
+        .into_iter()
+        .filter_map(step)
+        .collect()
+}
+
+fn has_checkpoint(folder: &Path) -> bool {
+    let store = dsp_models::training::Store::existing(folder.join("checkpoints"));
+    store.is_ok_and(|store| store.latest().is_ok_and(|latest| latest.is_some()))
+}
+
+/// Runs a training on `transport` whose rank `victim` is killed once there is a checkpoint; what was said.
+fn disturbed(transport: &[&str], victim: usize, folder: &Path) -> String {
+    let mut command = launch(transport);
+    command
+        .args(["--grace", "20", "--restarts", "1", "--"])
+        .args(training(folder));
+    let start = Instant::now();
+    let mut job = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    let mut killed = false;
+    for line in BufReader::new(job.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        let own = format!("[{victim}] is process ");
+        if let (false, Some(process)) = (killed, line.strip_prefix(&own)) {
+            while !has_checkpoint(folder) {
+                assert!(
+                    start.elapsed() < Duration::from_secs(60),
+                    "no checkpoint in a minute"
+                );
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Command::new("kill").args(["-9", process]).status().unwrap();
+            killed = true;
+        }
+        said.push_str(&line);
+        said.push('\n');
+    }
+    assert!(job.wait().unwrap().success(), "{said}");
+    assert!(killed, "{said}");
+    assert!(said.contains("[launch] restart 1 of 1"), "{said}");
+    assert!(start.elapsed() < Duration::from_secs(90), "{said}");
+    said
+}
+
+/// The curve of a training that nothing happens to, on as many ranks.
+fn undisturbed(ranks: usize, folder: &Path) -> Vec<f64> {
+    let output = launch(&["-n", &ranks.to_string(), "--"])
+        .args(training(folder))
+        .output();
+    let output = output.unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    losses(folder)
+}
+
+#[test]
+fn a_training_whose_process_is_killed_goes_on_with_the_curve_it_would_have_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let expected = undisturbed(2, &whole);
+    assert_eq!(expected.len() as u64, STEPS);
+    let said = disturbed(&["-n", "2"], 0, &killed);
+    assert!(
+        said.contains("rank 0 failed first, with exit code 137"),
+        "{said}"
+    );
+    assert_eq!(losses(&killed), expected);
+}
+
+#[cfg(feature = "mpi")]
+mod on_mpi {
+    use super::*;
+
+    const MPI: [&str; 6] = [
+        "-n",
+        "3",
+        "--transport",
+        "mpi",
+        "--mpirun",
+        "--oversubscribe --allow-run-as-root",
+    ];
+
+    #[test]
+    fn a_training_whose_rank_is_killed_goes_on_with_the_curve_it_would_have_had() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+        let expected = undisturbed(3, &whole);
+        let said = disturbed(&MPI, 1, &killed);
+        assert!(
+            said.contains("rank 1 failed first, with exit code 137"),
+            "{said}"
+        );
+        // The others say who is missing.
+        for survivor in [0, 2] {
+            let found = (said.lines()).any(|line| {
+                line.starts_with(&format!("[{survivor}] dsp: ")) && line.contains("rank(s) [1]")
+            });
+            assert!(found, "{said}");
+        }
+        assert_eq!(losses(&killed), expected);
+    }
+
+    #[test]
+    fn it_goes_on_with_a_rank_less_if_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+        let expected = undisturbed(3, &whole);
+        let said = disturbed(&[&MPI[..], &["--fewer", "1"]].concat(), 2, &killed);
+        assert!(said.contains("restart 1 of 1 on 2 ranks"), "{said}");
+        let found = losses(&killed);
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(&expected) {
+            // Sums over other ranks round in another order: f32, over all steps.
+            assert!(
+                (found - expected).abs() < 1e-3 * expected.abs(),
+                "{found} {expected}"
+            );
+        }
+    }
+}
