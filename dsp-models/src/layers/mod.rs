@@ -16,11 +16,12 @@ mod sincos;
 
 pub use activation::{gelu, sigmoid, silu};
 pub use cross_entropy::{Target, cross_entropy};
+pub use dsp_core::fused::Pairs;
 pub(crate) use linear::{bias, buffer, parameter};
 pub use linear::{linear, linear_without_bias};
-pub use mlp::{Mlp, gelu_tanh};
-pub use norm::{LayerNorm, RmsNorm, layer_norm, unit_rms};
-pub use rotary::{Pairs, Rotary, RotaryTables};
+pub use mlp::Mlp;
+pub use norm::{LayerNorm, RmsNorm};
+pub use rotary::{Rotary, RotaryTables};
 pub use sincos::{sin_cos_2d, timestep_features};
 
 /// A range of one dim, as [`Tensor::narrow`] gives it, also of a tensor that is empty along another dim.
