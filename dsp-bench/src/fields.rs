@@ -303,16 +303,7 @@ impl Fields {
                 longitudes,
             });
         }
-        let (rows, columns) = (self.latitudes.len(), self.longitudes.len());
-        if latitudes > rows || longitudes > columns {
-            return Err(FieldsError::TooCoarse {
-                file: self.source.clone(),
-                latitudes,
-                longitudes,
-                rows,
-                columns,
-            });
-        }
+        let [rows, columns] = self.thinning(latitudes, longitudes)?;
         let (available, needed) = (self.seasons.len(), times.saturating_add(batch));
         if needed > available {
             return Err(FieldsError::TooFewTimes {
@@ -323,13 +314,6 @@ impl Fields {
                 available,
             });
         }
-
-        let row = |i: usize| match latitudes {
-            1 => rows / 2,
-            _ => i * (rows - 1) / (latitudes - 1),
-        };
-        let rows: Vec<usize> = (0..latitudes).map(row).collect();
-        let columns: Vec<usize> = (0..longitudes).map(|i| i * columns / longitudes).collect();
         let (spare, last) = (available - times - 1, batch - 1);
         let first = |sample: usize| (sample * spare).checked_div(last).unwrap_or(0);
         let starts: Vec<usize> = (0..batch).map(first).collect();
@@ -365,6 +349,56 @@ impl Fields {
                 source,
             })?,
         })
+    }
+
+    /// All times on a grid of fewer points, at their own coordinates, as [`batch`](Self::batch) chooses them.
+    ///
+    /// # Errors
+    /// [`FieldsError::TooCoarse`] if there are not as many.
+    pub fn thinned(&self, latitudes: usize, longitudes: usize) -> Result<Self, FieldsError> {
+        let [rows, columns] = self.thinning(latitudes, longitudes)?;
+        let mut values = Vec::new();
+        for time in 0..self.seasons.len() {
+            for &row in &rows {
+                for &column in &columns {
+                    values.extend_from_slice(self.point(time, row, column));
+                }
+            }
+        }
+        Ok(Self {
+            latitudes: rows.iter().map(|&row| self.latitudes[row]).collect(),
+            longitudes: (columns.iter())
+                .map(|&column| self.longitudes[column])
+                .collect(),
+            values,
+            ..self.clone()
+        })
+    }
+
+    /// The rows and columns of a grid of fewer points.
+    fn thinning(
+        &self,
+        latitudes: usize,
+        longitudes: usize,
+    ) -> Result<[Vec<usize>; 2], FieldsError> {
+        let (rows, columns) = (self.latitudes.len(), self.longitudes.len());
+        if latitudes > rows || longitudes > columns {
+            return Err(FieldsError::TooCoarse {
+                file: self.source.clone(),
+                latitudes,
+                longitudes,
+                rows,
+                columns,
+            });
+        }
+        let row = |i: usize| match latitudes {
+            1 => rows / 2,
+            _ => i * (rows - 1) / (latitudes - 1),
+        };
+        Ok([
+            (0..latitudes).map(row).collect(),
+            (0..longitudes).map(|i| i * columns / longitudes).collect(),
+        ])
     }
 
     /// The variables at a time and a point.

@@ -8,6 +8,7 @@
 //! | [`subject`] | the models that it may run, each with its sizes and input, and one step of them |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
+//! | [`train`] | models learn from real data, with checkpoints |
 //! | [`reference`](mod@reference), [`verify`] | tensors made by other people's code, and the comparison with them |
 //! | [`progress`], [`tracefile`], [`allocator`] | what runs now; a Perfetto trace; the memory that is held |
 
@@ -24,4 +25,5 @@ pub mod subject;
 pub mod table;
 pub mod text;
 pub mod tracefile;
+pub mod train;
 pub mod verify;

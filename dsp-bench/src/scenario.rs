@@ -146,7 +146,7 @@ impl ModelSizes {
         }
     }
 
-    fn sizes_mut(&mut self) -> &mut dyn Sizes {
+    pub(crate) fn sizes_mut(&mut self) -> &mut dyn Sizes {
         match self {
             Self::Video(sizes) => sizes,
             Self::Language(sizes) => sizes,
@@ -352,7 +352,7 @@ impl Scenario {
 /// Holds values to rules: what breaks one is an error that names file, key, value and rule.
 #[derive(Debug)]
 pub struct Rules<'a> {
-    file: &'a str,
+    pub(crate) file: &'a str,
 }
 
 impl Rules<'_> {

@@ -67,6 +67,16 @@ impl Text {
         })
     }
 
+    /// The file, or [`BUILT_IN_NAME`].
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// `samples` of `length` tokens each, from places spread evenly over the text.
     ///
     /// # Errors

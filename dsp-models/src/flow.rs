@@ -10,11 +10,14 @@
 //! Noise and timesteps come from [`crate::random`], so that every rank draws the same. The original's timestep
 //! transform, which counts the frames of its VAE, is left out.
 
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{DType, Tensor, TensorData};
+use dsp_core::collective::all_reduce_in;
+use dsp_core::ledger::Phase;
 use dsp_core::shape::reshape;
 use dsp_core::{Session, Shard};
 
 use crate::error::ModelError;
+use crate::layers::single_at_least;
 use crate::random::{Draws, Purpose};
 use crate::video_dit::{FrameMask, PatchOrder, Text, VideoConditions, VideoDit, patchify};
 
@@ -127,15 +130,15 @@ pub fn loss(
     let rank = session.group().rank();
     let own = |tokens: Tensor<5>| Shard::split(tokens, velocity.layout(), rank);
 
+    let predicted = single_at_least(velocity.tensor().clone());
     let target = own(patchify(video - noise, patch, PatchOrder::ChannelLast))?.into_tensor();
-    let target = target.cast(velocity.tensor().dtype());
-    let weights = weights(&batch.video, is_generated);
+    let target = target.cast(predicted.dtype());
+    let weights = weights(&batch.video, predicted.dtype(), is_generated);
     let weights = own(patchify(weights, patch, PatchOrder::ChannelLast))?.into_tensor();
-    let weights = weights.cast(velocity.tensor().dtype());
 
-    let [samples, s1, s2, s3, _] = velocity.tensor().dims();
+    let [samples, s1, s2, s3, _] = predicted.dims();
     let volume = weights.dims()[4];
-    let error = velocity.tensor().clone() - target;
+    let error = predicted - target;
     let square = error.clone() * error;
     let square: Tensor<5> = reshape(square, [samples, s1, s2 * s3, volume, channels]);
     let weights: Tensor<5> = reshape(weights, [samples, s1, s2 * s3, volume, 1]);
@@ -143,7 +146,11 @@ pub fn loss(
 }
 
 /// `[B, 1, F, H, W]`: by what each pixel's squared error is multiplied, so that their sum is the loss.
-fn weights(video: &Tensor<5>, is_generated: impl Fn(usize, usize) -> bool) -> Tensor<5> {
+fn weights(
+    video: &Tensor<5>,
+    dtype: DType,
+    is_generated: impl Fn(usize, usize) -> bool,
+) -> Tensor<5> {
     let [samples, channels, frames, height, width] = video.dims();
     let mut values = Vec::with_capacity(samples * frames * height * width);
     for sample in 0..samples {
@@ -160,5 +167,77 @@ fn weights(video: &Tensor<5>, is_generated: impl Fn(usize, usize) -> bool) -> Te
         }
     }
     let data = TensorData::new(values, [samples, 1, frames, height, width]);
-    Tensor::from_data(data, (&video.device(), video.dtype()))
+    Tensor::from_data(data, (&video.device(), dtype))
+}
+
+/// What leads a video out of noise: its text, and how much more of it than of none.
+#[derive(Debug, Clone)]
+pub struct Guided {
+    /// The text, for one sample.
+    pub captioned: Text,
+    /// What stands for none, in the same shape.
+    pub without: Text,
+    /// The velocity is `without + scale·(captioned − without)`: 1 is the text's alone.
+    pub scale: f64,
+    /// Frames a second.
+    pub fps: f64,
+    /// The picture's height and width in pixels.
+    pub resolution: [f64; 2],
+}
+
+/// A video from noise, by `steps` even steps of Euler's rule along the velocity, with classifier-free guidance (Ho
+/// and Salimans, arXiv:2207.12598).
+///
+/// Each step asks for two velocities. Replicas share them: the first one computes that of the text, the second one
+/// that of none, others nothing.
+///
+/// # Shapes
+/// - `noise`: `[1, C, F, H, W]`, the same on every rank; returns the same shape, whole on every rank
+///
+/// # Errors
+/// [`ModelError`] if an input does not fit the model or the session, or the ranks fail.
+pub fn sample(
+    model: &VideoDit,
+    noise: Tensor<5>,
+    guided: &Guided,
+    steps: usize,
+    session: &Session,
+) -> Result<Tensor<5>, ModelError> {
+    let [samples, _, frames, height, width] = noise.dims();
+    let (replica, replicas) = match session.replicas() {
+        Some(replicas) => (replicas.rank(), replicas.size()),
+        None => (0, 1),
+    };
+    let branches = [
+        (&guided.captioned, guided.scale),
+        (&guided.without, 1.0 - guided.scale),
+    ];
+    let own = (branches.into_iter().enumerate())
+        .filter(|(branch, _)| branch % replicas == replica)
+        .map(|(_, branch)| branch);
+    let own: Vec<(&Text, f64)> = own.collect();
+    let mut video = noise;
+    for step in 0..steps {
+        let time = 1.0 - step as f64 / steps as f64;
+        let mut velocity = video.zeros_like();
+        for (text, weight) in &own {
+            let conditions = VideoConditions {
+                timesteps: vec![time * TIMESTEPS; samples],
+                fps: vec![guided.fps; samples],
+                resolution: guided.resolution,
+                text: (*text).clone(),
+                frame_mask: None,
+            };
+            let tokens = model.forward(video.clone(), &conditions, session)?;
+            let tokens = model.velocity(tokens)?;
+            let whole = model.video(tokens, [frames, height, width], session)?;
+            velocity = velocity + whole.mul_scalar(*weight);
+        }
+        if let Some(replicas) = session.replicas() {
+            velocity = all_reduce_in(velocity, Phase::Outside, replicas)?;
+        }
+        // The velocity leads from noise (time 1) to the video (time 0).
+        video = video + velocity.mul_scalar(1.0 / steps as f64);
+    }
+    Ok(video)
 }

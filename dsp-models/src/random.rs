@@ -16,6 +16,8 @@ pub enum Purpose {
     Timesteps = 1,
     /// A training step's noise.
     Noise = 2,
+    /// Which samples of the data are learnt from.
+    Samples = 3,
     /// Anything that a caller draws for itself.
     Other = 255,
 }

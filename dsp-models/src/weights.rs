@@ -272,8 +272,12 @@ pub fn to_bytes<M: OriginalNames>(module: &M) -> Result<Vec<u8>, WeightsError> {
     store.get_bytes().map_err(|error| weights.failed(error))
 }
 
+/// The layouts are PyTorch's, and one entry of metadata says so: several would come in any order, so that the same
+/// weights would not be the same bytes.
 fn storing<M: OriginalNames>(store: SafetensorsStore) -> SafetensorsStore {
     store
+        .clear_metadata()
+        .metadata("format", "pt")
         .with_to_adapter(BurnToPyTorchAdapter)
         .remap(names::<M>(Direction::ToOriginal))
 }

@@ -37,7 +37,7 @@ pub struct LanguageSizes {
 }
 
 impl LanguageSizes {
-    fn config(&self) -> LanguageConfig {
+    pub(crate) fn config(&self) -> LanguageConfig {
         LanguageConfig::new(
             VOCABULARY,
             self.hidden,
@@ -49,7 +49,7 @@ impl LanguageSizes {
         .with_layers(self.layers)
     }
 
-    fn read_text(&self) -> Result<Text, TextError> {
+    pub(crate) fn read_text(&self) -> Result<Text, TextError> {
         match &self.text {
             Some(path) => Text::read(path),
             None => Ok(Text::built_in()),

@@ -35,6 +35,7 @@ use crate::clip::ClipError;
 use crate::fields::FieldsError;
 use crate::scenario::{Passes, Rules, Scenario, ScenarioError};
 use crate::text::TextError;
+use crate::train::PictureError;
 
 pub use language::LanguageSizes;
 pub use video::VideoSizes;
@@ -66,6 +67,9 @@ pub enum SubjectError {
     /// The ranks failed.
     #[error(transparent)]
     Core(#[from] dsp_core::Error),
+    /// A picture cannot be written.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
     /// The gradients cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),

@@ -82,7 +82,21 @@ impl VideoSizes {
     }
 
     /// Reads the clip that the scenario names, or the built-in one, whole.
-    fn read_clip(&self) -> Result<Clip, ClipError> {
+    pub(crate) fn config(&self) -> VideoDitConfig {
+        VideoDitConfig::new()
+            .with_in_channels(3)
+            .with_pred_sigma(false)
+            .with_patch_size(self.patch)
+            .with_hidden_size(self.hidden)
+            .with_depth(self.depth)
+            .with_num_heads(self.heads)
+            .with_mlp_ratio(self.mlp_ratio)
+            .with_qk_norm(self.qk_norm)
+            .with_caption_channels(self.caption_channels)
+            .with_model_max_length(self.text_tokens)
+    }
+
+    pub(crate) fn read_clip(&self) -> Result<Clip, ClipError> {
         match &self.clip {
             Some(path) => Clip::read(path),
             None => Clip::built_in(),
@@ -197,17 +211,7 @@ impl Sizes for VideoSizes {
 
     /// There is no text encoder here: caption features are random, of the given lengths.
     fn subject(&self, scenario: &Scenario) -> Result<Arc<dyn Subject>, SubjectError> {
-        let config = VideoDitConfig::new()
-            .with_in_channels(3)
-            .with_pred_sigma(false)
-            .with_patch_size(self.patch)
-            .with_hidden_size(self.hidden)
-            .with_depth(self.depth)
-            .with_num_heads(self.heads)
-            .with_mlp_ratio(self.mlp_ratio)
-            .with_qk_norm(self.qk_norm)
-            .with_caption_channels(self.caption_channels)
-            .with_model_max_length(self.text_tokens);
+        let config = self.config();
         // Dense: the published initialisation begins with zeros, behind which gradients would vanish.
         let template = config.init(Init::Dense, scenario.seed, &Device::flex())?;
         let template = cast(template, scenario.dtype.dtype());

@@ -43,7 +43,7 @@ pub struct VitSizes {
 }
 
 impl VitSizes {
-    fn config(&self) -> VitConfig {
+    pub(crate) fn config(&self) -> VitConfig {
         VitConfig::new(
             [self.height, self.width],
             self.patch,
@@ -55,7 +55,7 @@ impl VitSizes {
         )
     }
 
-    fn read_clip(&self) -> Result<Clip, ClipError> {
+    pub(crate) fn read_clip(&self) -> Result<Clip, ClipError> {
         match &self.clip {
             Some(path) => Clip::read(path),
             None => Clip::built_in(),

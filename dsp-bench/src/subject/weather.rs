@@ -41,14 +41,22 @@ pub struct WeatherSizes {
 }
 
 impl WeatherSizes {
-    fn variables(&self) -> Vec<&str> {
+    pub(crate) fn variables(&self) -> Vec<&str> {
         match &self.variables {
             Some(variables) => variables.iter().map(String::as_str).collect(),
             None => BUILT_IN_VARIABLES.to_vec(),
         }
     }
 
-    fn read_fields(&self) -> Result<Fields, FieldsError> {
+    pub(crate) fn config(&self) -> WeatherConfig {
+        WeatherConfig::new(self.variables().len())
+            .with_hidden_size(self.hidden)
+            .with_depth(self.depth)
+            .with_num_heads(self.heads)
+            .with_mlp_ratio(self.mlp_ratio)
+    }
+
+    pub(crate) fn read_fields(&self) -> Result<Fields, FieldsError> {
         match &self.fields {
             Some(path) => Fields::read(path, &self.variables()),
             None => Fields::built_in(),
@@ -125,11 +133,7 @@ impl Sizes for WeatherSizes {
     fn subject(&self, scenario: &Scenario) -> Result<Arc<dyn Subject>, SubjectError> {
         let fields = self.read_fields()?;
         let batch = fields.batch(scenario.batch, self.times, self.latitudes, self.longitudes)?;
-        let config = WeatherConfig::new(batch.shape[4])
-            .with_hidden_size(self.hidden)
-            .with_depth(self.depth)
-            .with_num_heads(self.heads)
-            .with_mlp_ratio(self.mlp_ratio);
+        let config = self.config();
         let template = config.init(scenario.seed, &Device::flex())?;
         Ok(Arc::new(Forecast {
             config,

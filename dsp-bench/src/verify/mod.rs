@@ -225,7 +225,11 @@ pub fn verify(
                                 continue;
                             };
                             let error = relative_error(&stored, wanted);
-                            let allowed = this.tolerance(&tensor, options.precision.dtype(), options.tolerance);
+                            let allowed = this.tolerance(
+                                &tensor,
+                                options.precision.dtype(),
+                                options.tolerance,
+                            );
                             let (file, kind, case) = labels();
                             records.push(Record::Comparison {
                                 file,

@@ -6,6 +6,8 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use dsp_core::shape::reshape;
 use dsp_core::vjp::attach1;
 
+use super::single_at_least;
+
 /// A row's target, and what its loss counts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Target {
@@ -15,7 +17,7 @@ pub struct Target {
     pub weight: f64,
 }
 
-/// `Σ_r weight_r · (logsumexp(x_r) − x_r[class_r])`.
+/// `Σ_r weight_r · (logsumexp(x_r) − x_r[class_r])`, in f32 at least.
 ///
 /// # Shapes
 /// - `logits`: `[…, classes]`, as many rows as `targets`, 0 included
@@ -25,6 +27,7 @@ pub struct Target {
 /// Its own, from the logits alone: `weight · (softmax − 1 at the target)`. Without a row it is 0, and the node is
 /// there all the same, so that a rank without rows takes part in the backward pass.
 pub fn cross_entropy<const D: usize>(logits: Tensor<D>, targets: &[Target]) -> Tensor<1> {
+    let logits = single_at_least(logits);
     let inner = logits.clone().inner();
     let (device, dtype, dims) = (inner.device(), inner.dtype(), inner.dims());
     let rows = targets.len();

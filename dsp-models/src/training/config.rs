@@ -1,6 +1,7 @@
 //! How a training goes: samples, steps, learning rate, decay, clipping.
 
 use burn::config::Config;
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
 /// The course of the learning rate after the warm-up.
@@ -42,6 +43,29 @@ pub enum Recompute {
     Cheap,
 }
 
+/// The floats that forward and backward passes are computed in. Weights, moments, sums of gradients and losses stay
+/// what they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compute {
+    /// Those of the weights.
+    AsStored,
+    /// bfloat16, of which each pass makes its own copy of the weights: half the memory of activations, half the
+    /// bytes between ranks. It has the range of f32, so that losses need no scaling (Micikevicius et al.,
+    /// arXiv:1710.03740; Kalamkar et al., arXiv:1905.12322).
+    Bf16,
+}
+
+impl Compute {
+    /// The type of a pass's floats, where the weights have type `stored`.
+    pub fn dtype(self, stored: DType) -> DType {
+        match self {
+            Self::AsStored => stored,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
 /// How a model is trained.
 #[derive(Config, Debug, PartialEq)]
 pub struct TrainingConfig {
@@ -79,6 +103,9 @@ pub struct TrainingConfig {
     /// What the backward pass computes once more.
     #[config(default = "Recompute::Nothing")]
     pub recompute: Recompute,
+    /// The floats of the passes.
+    #[config(default = "Compute::AsStored")]
+    pub compute: Compute,
     /// Of the first weights, the samples and all else that is random.
     #[config(default = 1)]
     pub seed: u64,

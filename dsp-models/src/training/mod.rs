@@ -27,8 +27,8 @@ mod store;
 mod trainer;
 
 pub use adamw::{AdamW, Moments};
-pub use config::{Decayed, Recompute, Schedule, TrainingConfig, TrainingConfigError};
+pub use config::{Compute, Decayed, Recompute, Schedule, TrainingConfig, TrainingConfigError};
 pub use mesh::{Mesh, MeshError};
-pub use snapshot::{MANIFEST, Manifest, Snapshot, SnapshotError};
-pub use store::{Loaded, Store, StoreError};
+pub use snapshot::{MANIFEST, Manifest, Snapshot, SnapshotError, Subject};
+pub use store::{Loaded, Store, StoreError, digest};
 pub use trainer::{Report, Trainer};

@@ -36,14 +36,25 @@ pub struct Snapshot<M> {
     pub step: u64,
 }
 
+/// What is trained: whatever must be the same to go on from a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Subject {
+    /// The model with its sizes, in words or as JSON.
+    pub model: String,
+    /// What it learns from, such as the digest of a file.
+    pub data: String,
+}
+
 /// What a checkpoint says of itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// The version of the files' form.
     pub format: u32,
-    /// What was trained: whatever must be the same to go on.
+    /// What was trained: the model with its sizes.
     pub subject: String,
+    /// What it learns from, such as the digest of a file.
+    pub data: String,
     /// The steps that were made.
     pub step: u64,
     /// Samples that were seen: the place in the data.
@@ -100,11 +111,12 @@ pub enum SnapshotError {
 }
 
 impl Manifest {
-    /// Of a training that sees `batch` samples a step.
-    pub fn new(subject: impl Into<String>, step: u64, batch: usize, seed: u64) -> Self {
+    /// Of a training after `step` steps of `batch` samples.
+    pub fn new(subject: &Subject, step: u64, batch: usize, seed: u64) -> Self {
         Self {
             format: FORMAT,
-            subject: subject.into(),
+            subject: subject.model.clone(),
+            data: subject.data.clone(),
             step,
             samples: step * batch as u64,
             seed,
@@ -140,11 +152,18 @@ impl Manifest {
     /// Holds this checkpoint's training against the one that is to go on from it.
     ///
     /// # Errors
-    /// [`SnapshotError::Foreign`] for the first difference. The step may differ.
+    /// [`SnapshotError::Foreign`] for the first difference. Whatever else may differ: ranks, strategy, rates.
     pub fn check(&self, here: &Self, loaded: &Loaded) -> Result<(), SnapshotError> {
+        let pair = |what, there: &dyn ToString, here: &dyn ToString| {
+            (what, there.to_string(), here.to_string())
+        };
         let pairs = [
-            ("the subject", self.subject.clone(), here.subject.clone()),
-            ("the seed", self.seed.to_string(), here.seed.to_string()),
+            pair("the model", &self.subject, &here.subject),
+            pair("the data", &self.data, &here.data),
+            pair("the seed", &self.seed, &here.seed),
+            pair("the step", &self.step, &here.step),
+            // With another batch, other samples would have been seen by now.
+            pair("the number of samples seen", &self.samples, &here.samples),
         ];
         match pairs.into_iter().find(|(_, there, here)| there != here) {
             Some((what, found, expected)) => Err(SnapshotError::Foreign {

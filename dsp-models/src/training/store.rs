@@ -335,7 +335,8 @@ fn names_in(folder: &Path) -> Result<Vec<String>, StoreError> {
     Ok(names)
 }
 
-fn digest(bytes: &[u8]) -> String {
+/// The SHA-256 of some bytes, as `sha256sum` writes it.
+pub fn digest(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(64);
     for byte in Sha256::digest(bytes) {
         // Writing to a string does not fail.
@@ -410,5 +411,127 @@ fn remove(path: &Path) -> io::Result<()> {
     match fs::symlink_metadata(path)?.is_dir() {
         true => fs::remove_dir_all(path),
         false => fs::remove_file(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEEP: NonZeroUsize = NonZeroUsize::new(2).unwrap();
+
+    fn files(step: u64) -> [(&'static str, Vec<u8>); 2] {
+        [
+            ("weights", vec![step as u8; 100]),
+            ("manifest", b"{}".to_vec()),
+        ]
+    }
+
+    #[test]
+    fn the_last_checkpoints_are_kept_and_come_back_as_they_were_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path().join("new/checkpoints")).unwrap();
+        assert_eq!(store.latest().unwrap(), None);
+        for step in [3, 10, 7, 200] {
+            store.save(step, &files(step), KEEP).unwrap();
+        }
+        assert_eq!(store.steps().unwrap(), [10, 200]);
+        assert_eq!(store.latest().unwrap(), Some(200));
+        assert_eq!(store.load(10).unwrap().get("weights").unwrap(), [10; 100]);
+        // The same step again replaces it.
+        store.save(200, &files(9), KEEP).unwrap();
+        assert_eq!(store.load(200).unwrap().get("weights").unwrap(), [9; 100]);
+        let error = store.load(3).unwrap_err().to_string();
+        assert!(
+            error.contains("step-00000003: there is no checkpoint"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_a_writer_left_behind_is_no_checkpoint_and_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        store.save(1, &files(1), KEEP).unwrap();
+        let partial = folder.path().join(".step-00000002.abc");
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("weights"), b"half").unwrap();
+        assert_eq!(store.steps().unwrap(), [1]);
+        Store::open(folder.path()).unwrap();
+        assert!(!partial.exists());
+        assert!(store.load(1).is_ok());
+    }
+
+    #[test]
+    fn every_flipped_bit_of_every_file_is_found_and_the_file_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let path = store.save(5, &files(5), KEEP).unwrap();
+        for name in ["weights", "manifest", SUMS] {
+            let file = path.join(name);
+            let good = fs::read(&file).unwrap();
+            for bit in 0..8 * good.len() {
+                let mut bad = good.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                fs::write(&file, &bad).unwrap();
+                match store.load(5).unwrap_err() {
+                    StoreError::Damaged { name: found, .. } => assert_eq!(found, name),
+                    // A digest or a name in the list is another one now.
+                    StoreError::Sums { .. }
+                    | StoreError::Missing { .. }
+                    | StoreError::Extra { .. } => {
+                        assert_eq!(name, SUMS);
+                    }
+                    other => panic!("bit {bit} of {name}: {other}"),
+                }
+            }
+            // Nor is one that was cut off.
+            fs::write(&file, &good[..good.len() - 1]).unwrap();
+            assert!(store.load(5).is_err(), "{name} was cut off");
+            fs::write(&file, &good).unwrap();
+        }
+        assert!(store.load(5).is_ok());
+    }
+
+    #[test]
+    fn a_file_too_many_or_too_few_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let path = store.save(5, &files(5), KEEP).unwrap();
+        fs::write(path.join("more"), b"").unwrap();
+        let error = store.load(5).unwrap_err().to_string();
+        assert!(
+            error.contains("holds more, which SHA256SUMS does not list"),
+            "{error}"
+        );
+        fs::remove_file(path.join("more")).unwrap();
+        fs::remove_file(path.join("weights")).unwrap();
+        let error = store.load(5).unwrap_err().to_string();
+        assert!(error.contains("lacks the file weights"), "{error}");
+        fs::remove_file(path.join(SUMS)).unwrap();
+        let error = store.load(5).unwrap_err().to_string();
+        assert!(error.contains("this is no checkpoint"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_and_a_name_that_is_none_are_refused_with_the_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, b"").unwrap();
+        let error = Store::open(file.join("checkpoints"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("file/checkpoints: cannot be made"),
+            "{error}"
+        );
+        let store = Store::open(folder.path().join("store")).unwrap();
+        for name in [SUMS, "", ".hidden", "../up", "a\nb"] {
+            let error = store.save(1, &[(name, vec![])], KEEP).unwrap_err();
+            assert!(matches!(error, StoreError::Name { .. }), "{error}");
+        }
+        let twice = [("a", vec![]), ("a", vec![])];
+        assert!(store.save(1, &twice, KEEP).is_err());
+        assert_eq!(store.latest().unwrap(), None);
     }
 }

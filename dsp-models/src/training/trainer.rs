@@ -1,13 +1,13 @@
 //! A training on one rank: the model's part, the optimizer, the steps that were made.
 
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use dsp_core::strategy::Part;
 use dsp_core::{CommError, Loss, Placed, Session};
 
 use super::adamw::{AdamW, Moments};
-use super::config::TrainingConfig;
+use super::config::{Compute, TrainingConfig};
 use super::snapshot::Snapshot;
 
 /// A training under way, on one rank.
@@ -104,6 +104,16 @@ impl<M: Module> Trainer<M> {
         self.steps
     }
 
+    /// This rank's part of the model as passes compute with it: the weights themselves, or a copy in other floats
+    /// whose gradients are theirs.
+    pub fn computed(&self) -> M {
+        let module = self.model.module.clone();
+        match self.config.compute {
+            Compute::AsStored => module,
+            Compute::Bf16 => module.map(&mut Copied(DType::BF16)),
+        }
+    }
+
     /// One step: forward and backward of each part of this replica's samples, the sum over ranks and replicas, the
     /// clipping, the optimizer.
     ///
@@ -125,7 +135,7 @@ impl<M: Module> Trainer<M> {
         let mut sum = GradientsAccumulator::<M>::new();
         let mut shown: Option<Tensor<1>> = None;
         for part in parts {
-            let loss = part(&self.model.module)?;
+            let loss = part(&self.computed())?;
             let own = match &loss {
                 Loss::OfShard(loss) => loss.clone().inner(),
                 // It is there on every rank, and counts once.
@@ -163,5 +173,14 @@ impl<M: Module> Trainer<M> {
             gradient_norm,
             learning_rate,
         })
+    }
+}
+
+/// Parameters in other floats, in the graph of those that they are copied from.
+struct Copied(DType);
+
+impl ModuleMapper for Copied {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| value.cast(self.0))
     }
 }

@@ -10,6 +10,7 @@ use dsp_core::Shard;
 use super::config::LATITUDE;
 use super::grid::Grid;
 use crate::error::ModelError;
+use crate::layers::single_at_least;
 
 /// What a model is trained on, the same on every rank.
 #[derive(Debug, Clone)]
@@ -45,7 +46,8 @@ pub fn loss(forecast: &Shard, next: Tensor<5>, grid: &Grid) -> Result<Tensor<1>,
             ),
         });
     }
-    let like = (&next.device(), forecast.tensor().dtype());
+    let said = single_at_least(forecast.tensor().clone());
+    let like = (&next.device(), said.dtype());
     let next = Shard::split(next.cast(like.1), forecast.layout(), forecast.rank())?;
 
     let areas = grid.areas();
@@ -56,6 +58,6 @@ pub fn loss(forecast: &Shard, next: Tensor<5>, grid: &Grid) -> Result<Tensor<1>,
     let rows = weights.len();
     let weights = Tensor::from_data(TensorData::new(weights, [1, 1, rows, 1, 1]), like);
 
-    let error = forecast.tensor().clone() - next.into_tensor();
+    let error = said - next.into_tensor();
     Ok((error.clone() * error * weights).sum())
 }

@@ -1,0 +1,109 @@
+//! `dsp compare`: strategies head to head, as tables, a report and a trace.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use dsp_bench::compare::{self, Meter};
+use dsp_bench::progress::Progress;
+use dsp_bench::scenario::{ModelKind, Passes, Scenario};
+use dsp_bench::tracefile::TraceFile;
+use dsp_bench::{report, table};
+
+use super::shown;
+use crate::MEMORY;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompareArgs {
+    /// What to compare: a built-in scenario (default, small, or a model's name) or the path of a TOML file;
+    /// without it, the model's own.
+    #[arg(long)]
+    scenario: Option<String>,
+    /// The model, in the sizes of its built-in scenario. Beside --scenario, that one's ranks, repeats and tolerance
+    /// stay.
+    #[arg(long, value_enum)]
+    model: Option<ModelKind>,
+    /// Only these strategies, e.g. dsp,ulysses; a mixture's parts are joined by +, the first choice first, e.g.
+    /// dsp+ulysses.
+    #[arg(long, alias = "strategies", value_name = "NAME", value_delimiter = ',')]
+    strategy: Option<Vec<String>>,
+    /// Only these numbers of ranks, e.g. 1,2,4.
+    #[arg(long, value_delimiter = ',')]
+    ranks: Option<Vec<usize>>,
+    /// The compute threads of each rank; by default the ranks share the cores.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// What a repeat runs.
+    #[arg(long, value_enum)]
+    passes: Option<Passes>,
+    /// Write all that was found as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where the HTML report goes.
+    #[arg(long, value_name = "FILE", default_value = "dsp-report.html")]
+    report: PathBuf,
+    /// Where the Perfetto trace goes.
+    #[arg(long, value_name = "FILE", default_value = "dsp-trace.json")]
+    trace: PathBuf,
+}
+
+/// Compares.
+pub(crate) fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
+    let mut scenario = match (&args.scenario, args.model) {
+        (Some(name), _) => Scenario::load(name)?,
+        (None, Some(kind)) => Scenario::of_model(kind)?,
+        (None, None) => Scenario::load("default")?,
+    };
+    if let Some(kind) = args.model {
+        scenario = scenario.with_model(kind)?;
+    }
+    scenario.strategies = args.strategy.or(scenario.strategies);
+    scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
+    scenario.threads_per_rank = args.threads.or(scenario.threads_per_rank);
+    scenario.passes = args.passes.unwrap_or(scenario.passes);
+    scenario.check(&scenario.name)?;
+    let comparer = compare::Comparer::new(scenario)?;
+
+    let trace = TraceFile::start(&args.trace)?;
+    trace.set_recording(false);
+    let progress = Progress::new(comparer.cases().len() as u64);
+    let comparison = comparer.run(&progress, &TracedMemory { trace: &trace })?;
+    progress.finish();
+    let trace = trace.finish()?;
+
+    println!("{}", table::render(&comparison));
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&comparison)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("json:   {}", shown(path));
+    }
+    let page = report::render(&comparison, Some(&trace.display().to_string()))?;
+    std::fs::write(&args.report, page)
+        .with_context(|| format!("cannot write {}", args.report.display()))?;
+    println!("trace:  {} (open it at ui.perfetto.dev)", shown(&trace));
+    println!("report: {}", shown(&args.report));
+    println!("{}", comparison.finding());
+    Ok(match comparison.all_well() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// The process's own memory and trace, as a comparison meters them.
+struct TracedMemory<'a> {
+    trace: &'a TraceFile,
+}
+
+impl Meter for TracedMemory<'_> {
+    fn reset_peak(&self) -> u64 {
+        MEMORY.reset_peak() as u64
+    }
+
+    fn peak(&self) -> u64 {
+        MEMORY.peak_bytes() as u64
+    }
+
+    fn set_recording(&self, recording: bool) {
+        self.trace.set_recording(recording);
+    }
+}

@@ -1,0 +1,91 @@
+//! `dsp verify`: reference files against every strategy.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use dsp_bench::scenario::Precision;
+use dsp_bench::verify::{self, Record};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VerifyArgs {
+    /// The reference files.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// The float type of the run.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// The largest error allowed, relative to max(max|reference|, 1e-3); by default 2e-5 in f32 and 3e-7 in
+    /// f64, for files are stored in f32.
+    #[arg(long)]
+    tol: Option<f64>,
+    /// The numbers of ranks.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,3,4")]
+    ranks: Vec<usize>,
+    /// Write one record per file, case, tensor, strategy, ranks and dtype, and one per refusal, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Dtype {
+    F32,
+    F64,
+}
+
+/// Verifies.
+pub(crate) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
+    let (precision, tolerance) = match args.dtype {
+        Dtype::F32 => (Precision::F32, 2e-5),
+        Dtype::F64 => (Precision::F64, 3e-7),
+    };
+    let tolerance = args.tol.unwrap_or(tolerance);
+    anyhow::ensure!(
+        tolerance.is_finite() && tolerance >= 0.0,
+        "--tol {tolerance}: the tolerance must be a number of at least 0"
+    );
+    anyhow::ensure!(
+        !args.ranks.contains(&0),
+        "--ranks 0: a run needs at least one rank"
+    );
+    let options = verify::Options {
+        precision,
+        tolerance,
+        ranks: args.ranks.clone(),
+    };
+    let mut records = Vec::new();
+    for file in &args.files {
+        let bar = indicatif::ProgressBar::new_spinner();
+        bar.enable_steady_tick(std::time::Duration::from_millis(120));
+        let found = verify::verify(file, &options, &|what| bar.set_message(what.to_owned()));
+        bar.finish_and_clear();
+        let found = found?;
+        println!(
+            "{} ({}, tolerance {tolerance:e})",
+            file.display(),
+            precision.label()
+        );
+        println!("{}", verify::tabulate(&found));
+        for line in verify::refusals(&found) {
+            println!("{line}");
+        }
+        println!();
+        records.extend(found);
+    }
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&records)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let compared = |passed: bool| {
+        records
+            .iter()
+            .filter(|record| matches!(record, Record::Comparison { pass, .. } if *pass == passed))
+            .count()
+    };
+    let (passed, failed) = (compared(true), compared(false));
+    println!("{passed} comparisons within the tolerance, {failed} past it");
+    Ok(match failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}

@@ -1,0 +1,624 @@
+//! A run: ranks that train, evaluate, write checkpoints and show what was learnt.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use dsp_core::{CommError, Group, Launch, LaunchError, PlanError, SequenceParallel, Session};
+use dsp_models::training::{
+    Manifest, Recompute, Report, Snapshot, SnapshotError, Store, StoreError, Subject, Trainer,
+};
+use dsp_models::weights::{OriginalNames, WeightsError, cast};
+use dsp_strategies::UnknownStrategy;
+use serde::{Deserialize, Serialize};
+
+use super::config::{RunConfig, RunConfigError};
+use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
+use crate::subject::SubjectError;
+
+const CONFIG: &str = "config.toml";
+const METRICS: &str = "metrics.jsonl";
+const CHECKPOINTS: &str = "checkpoints";
+
+/// Why a run did not begin or did not end well.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] RunConfigError),
+    /// A strategy that is not compiled in.
+    #[error(transparent)]
+    Strategy(#[from] UnknownStrategy),
+    /// The model or its data.
+    #[error(transparent)]
+    Subject(#[from] SubjectError),
+    /// The strategy refuses the model.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A checkpoint.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A checkpoint's weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The ranks.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// A collective.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// A folder that holds another run.
+    #[error(
+        "{}: holds a run already; go on with it by --resume {}, or name another folder by --out",
+        folder.display(), folder.display()
+    )]
+    Taken {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Nothing to go on from.
+    #[error("{}: has no checkpoint to go on from", folder.display())]
+    Nothing {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A damaged checkpoint beside others.
+    #[error(
+        "{source}; other checkpoints here are of the steps {others:?}: go on from one by --from-step"
+    )]
+    Damaged {
+        /// What is wrong.
+        source: StoreError,
+        /// The others.
+        others: Vec<u64>,
+    },
+    /// A checkpoint that is past the end.
+    #[error(
+        "the checkpoint is of step {step}, and the run has {steps} steps: name more by --steps"
+    )]
+    Done {
+        /// The checkpoint's.
+        step: u64,
+        /// The run's.
+        steps: u64,
+    },
+    /// The loss is no number any more.
+    #[error(
+        "the loss of step {step} is {loss}: the last checkpoint is of before; try a smaller learning rate"
+    )]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// The loss.
+        loss: f64,
+    },
+    /// A file of the run.
+    #[error("{}: {what}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl From<StoreError> for TrainError {
+    fn from(error: StoreError) -> Self {
+        Self::Snapshot(error.into())
+    }
+}
+
+fn failed(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
+    let path = path.to_owned();
+    move |source| TrainError::Io { what, path, source }
+}
+
+/// Where a run begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// With the model's first weights.
+    Fresh,
+    /// With the folder's last checkpoint.
+    Latest,
+    /// With the checkpoint of a step.
+    Step(u64),
+}
+
+/// What happens in a run, for those who watch.
+#[derive(Debug, Clone, Copy)]
+pub enum Event<'a> {
+    /// The run begins, at a step.
+    Begins {
+        /// The step.
+        step: u64,
+        /// The last step.
+        steps: u64,
+        /// What the error is.
+        measure: Measure,
+        /// The errors to beat.
+        baselines: &'a [Baseline],
+    },
+    /// A step was made.
+    Step(&'a Line),
+    /// The held-out samples were evaluated.
+    Evaluated {
+        /// After how many steps.
+        step: u64,
+        /// The error, in the measure's unit.
+        error: f64,
+    },
+    /// A checkpoint was written.
+    Saved(&'a Path),
+    /// The last step was made: what was learnt is shown now, which may take a while.
+    Shows,
+}
+
+/// A line of the metrics' file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Line {
+    /// A step.
+    Step {
+        /// The step, counted from 1.
+        step: u64,
+        /// The loss before it.
+        loss: f64,
+        /// The norm of all gradients together.
+        gradient_norm: f64,
+        /// The learning rate.
+        learning_rate: f64,
+        /// Tokens a second.
+        tokens_per_second: f64,
+    },
+    /// An evaluation.
+    HeldOut {
+        /// After how many steps.
+        step: u64,
+        /// The error of the held-out samples.
+        held_out: f64,
+    },
+}
+
+impl Line {
+    fn step(&self) -> u64 {
+        match self {
+            Self::Step { step, .. } | Self::HeldOut { step, .. } => *step,
+        }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// The held-out error after the last step.
+    pub error: f64,
+    /// What it is.
+    pub measure: Measure,
+    /// What was to be beaten.
+    pub baselines: Vec<Baseline>,
+    /// What was learnt.
+    pub shown: Vec<Shown>,
+}
+
+impl Outcome {
+    /// Whether every error to beat was.
+    pub fn beats_all(&self) -> bool {
+        self.baselines
+            .iter()
+            .all(|baseline| self.error < baseline.error)
+    }
+}
+
+/// Trains a task into a folder.
+///
+/// # Errors
+/// [`TrainError`]: whatever can be known before the first step is.
+pub(super) fn run<T: Task>(
+    task: T,
+    config: &RunConfig,
+    folder: &Path,
+    begin: Begin,
+    watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
+) -> Result<Outcome, TrainError> {
+    let strategy = dsp_strategies::by_name(&config.strategy)?;
+    let largest = largest_part(config);
+    strategy.plan(&task.shape(largest), config.mesh.sp)?;
+    let subject = config.subject()?;
+    let checkpoints = folder.join(CHECKPOINTS);
+    let template = cast(task.template(config.training.seed)?, config.dtype.dtype());
+    let measure = task.measure();
+    let baselines = task.baselines()?;
+
+    let start = match begin {
+        Begin::Fresh => {
+            if Store::existing(&checkpoints)
+                .is_ok_and(|store| !matches!(store.steps().as_deref(), Ok([])))
+            {
+                return Err(TrainError::Taken {
+                    folder: folder.to_owned(),
+                });
+            }
+            None
+        }
+        Begin::Latest | Begin::Step(_) => {
+            let of = (config, &subject);
+            Some(load(&template, of, folder, &checkpoints, begin)?)
+        }
+    };
+    let store = Store::open(&checkpoints)?;
+    write_config(config, folder)?;
+    let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
+    let metrics = Metrics::open(folder, step)?;
+    let samples = folder.join("samples");
+    fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
+    watch(Event::Begins {
+        step,
+        steps: config.training.steps,
+        measure,
+        baselines: &baselines,
+    });
+
+    let launch =
+        Launch::new(config.mesh.ranks()).timeout(Duration::from_secs_f64(config.deadline_seconds));
+    let shared = Arc::new(Shared {
+        task,
+        config: config.clone(),
+        subject,
+        strategy,
+        template,
+        start,
+        store,
+        metrics: Mutex::new(metrics),
+        samples,
+        watch,
+    });
+    let mut ends = launch.run(move |world| shared.on_rank(&world))?.into_iter();
+    let (error, shown) = ends.next().unwrap_or((f64::NAN, vec![]));
+    Ok(Outcome {
+        error: error * measure.factor,
+        measure,
+        baselines,
+        shown,
+    })
+}
+
+/// The samples that a replica computes at once.
+fn largest_part(config: &RunConfig) -> usize {
+    let share = config.training.batch.div_ceil(config.mesh.dp);
+    config.training.microbatch.unwrap_or(share).min(share)
+}
+
+fn load<M: OriginalNames>(
+    template: &M,
+    (config, subject): (&RunConfig, &Subject),
+    folder: &Path,
+    checkpoints: &Path,
+    begin: Begin,
+) -> Result<Snapshot<M>, TrainError> {
+    let nothing = || TrainError::Nothing {
+        folder: folder.to_owned(),
+    };
+    let store = Store::existing(checkpoints).map_err(|_| nothing())?;
+    let step = match begin {
+        Begin::Step(step) => step,
+        _ => store.latest()?.ok_or_else(nothing)?,
+    };
+    let others = || -> Vec<u64> {
+        let steps = store.steps().unwrap_or_default();
+        steps.into_iter().filter(|&other| other != step).collect()
+    };
+    let loaded = store.load(step).map_err(|source| match others() {
+        others if others.is_empty() => source.into(),
+        others => TrainError::Damaged { source, others },
+    })?;
+    let training = &config.training;
+    let here = Manifest::new(subject, step, training.batch, training.seed);
+    Manifest::of(&loaded)?.check(&here, &loaded)?;
+    let snapshot = Snapshot::from_files(template, &loaded, config.dtype.dtype())?;
+    match snapshot.step < training.steps {
+        true => Ok(snapshot),
+        false => Err(TrainError::Done {
+            step: snapshot.step,
+            steps: training.steps,
+        }),
+    }
+}
+
+fn write_config(config: &RunConfig, folder: &Path) -> Result<(), TrainError> {
+    let path = folder.join(CONFIG);
+    let text = config.to_toml()?;
+    let aside = tempfile::NamedTempFile::new_in(folder).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.as_file().sync_all()?;
+        file.persist(&path).map_err(|error| error.error)
+    });
+    aside.map(drop).map_err(failed("cannot be written", &path))
+}
+
+/// The configuration of the run in a folder.
+///
+/// # Errors
+/// [`TrainError::Config`] if there is none.
+pub fn config_of(folder: &Path) -> Result<RunConfig, TrainError> {
+    Ok(RunConfig::read(&folder.join(CONFIG))?)
+}
+
+/// What the run in a folder wrote of its steps and evaluations.
+///
+/// # Errors
+/// [`TrainError::Io`] if the file cannot be read.
+pub fn metrics_of(folder: &Path) -> Result<Vec<Line>, TrainError> {
+    let path = folder.join(METRICS);
+    let text = fs::read_to_string(&path).map_err(failed("cannot be read", &path))?;
+    // The last line of a run that was killed may be cut off.
+    Ok((text.lines())
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
+}
+
+/// The metrics' file: a line of JSON for each step and each evaluation.
+#[derive(Debug)]
+struct Metrics {
+    path: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl Metrics {
+    /// Goes on after `step`: what was written of later steps, which are made again, is taken out.
+    fn open(folder: &Path, step: u64) -> Result<Self, TrainError> {
+        let path = folder.join(METRICS);
+        let before = match step {
+            0 => String::new(),
+            _ => fs::read_to_string(&path).unwrap_or_default(),
+        };
+        let kept = before.lines().filter(|line| {
+            serde_json::from_str::<Line>(line).is_ok_and(|line| line.step() <= step)
+        });
+        let kept: String = kept.map(|line| format!("{line}\n")).collect();
+        let file = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(failed("cannot be written", &path))?;
+        let mut metrics = Self {
+            file: BufWriter::new(file),
+            path,
+        };
+        metrics.write(&kept)?;
+        Ok(metrics)
+    }
+
+    fn write(&mut self, text: &str) -> Result<(), TrainError> {
+        let written = (self.file.write_all(text.as_bytes())).and_then(|()| self.file.flush());
+        written.map_err(failed("cannot be written", &self.path))
+    }
+
+    fn add(&mut self, line: &Line) -> Result<(), TrainError> {
+        let text = serde_json::to_string(line).unwrap_or_default();
+        self.write(&format!("{text}\n"))
+    }
+}
+
+/// What all ranks of a run share. Tensors in it are in no graph.
+struct Shared<T: Task> {
+    task: T,
+    config: RunConfig,
+    subject: Subject,
+    strategy: Arc<dyn SequenceParallel>,
+    template: T::Module,
+    start: Option<Snapshot<T::Module>>,
+    store: Store,
+    metrics: Mutex<Metrics>,
+    samples: PathBuf,
+    watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
+}
+
+impl<T: Task> Shared<T> {
+    /// The whole run on a rank: the held-out error, and what the rank shows.
+    fn on_rank(&self, world: &Group) -> Result<(f64, Vec<Shown>), TrainError> {
+        let (task, config) = (&self.task, &self.config);
+        let training = &config.training;
+        let [group, replicas] = config.mesh.groups(world)?;
+        let replica = replicas.rank();
+        let sessions = Sessions {
+            first: Session::new(
+                self.strategy.clone(),
+                group,
+                task.shape(largest_part(config)),
+            )?
+            .with_replicas(replicas),
+        };
+        let session = &sessions.first;
+        let device = match training.recompute {
+            Recompute::Nothing => Device::flex().autodiff(),
+            Recompute::Cheap => Device::flex().autodiff().gradient_checkpointing(),
+        };
+        let role = |path: &str| task.role(path);
+        let mut trainer = match &self.start {
+            Some(snapshot) => Trainer::resume(snapshot, role, training.clone(), session, &device),
+            None => Trainer::new(&self.template, role, training.clone(), session, &device),
+        };
+        let place = Place {
+            device,
+            dtype: training.compute.dtype(config.dtype.dtype()),
+        };
+        let mut error = f64::NAN;
+        while trainer.steps() < training.steps {
+            let begun = Instant::now();
+            let report = self.step(&mut trainer, &sessions, replica, &place)?;
+            if world.rank() == 0 {
+                let tokens = (training.batch * task.tokens()) as f64;
+                self.note(&Line::Step {
+                    step: report.step,
+                    loss: report.loss,
+                    gradient_norm: report.gradient_norm,
+                    learning_rate: report.learning_rate,
+                    tokens_per_second: tokens / begun.elapsed().as_secs_f64(),
+                })?;
+            }
+            if !(report.loss.is_finite() && report.gradient_norm.is_finite()) {
+                return Err(TrainError::Diverged {
+                    step: report.step,
+                    loss: report.loss,
+                });
+            }
+            let is_last = report.step == training.steps;
+            if is_last || report.step % config.evaluate_every == 0 {
+                error = self.evaluate(&trainer, &sessions, replica, &place)?;
+                if world.rank() == 0 {
+                    let error = error * task.measure().factor;
+                    self.note(&Line::HeldOut {
+                        step: report.step,
+                        held_out: error,
+                    })?;
+                }
+            }
+            // The other replicas hold the same.
+            if (is_last || report.step % config.checkpoint_every == 0) && replica == 0 {
+                let snapshot = trainer.snapshot(session)?;
+                if world.rank() == 0 {
+                    self.save(&snapshot)?;
+                }
+            }
+        }
+        if world.rank() == 0 {
+            (self.watch)(Event::Shows);
+        }
+        let module = trainer.computed().valid();
+        let shown = task.show(
+            &module,
+            &Stage {
+                place: without_graph(&place),
+                session: &sessions.of(1)?,
+                seed: training.seed,
+                folder: &self.samples,
+            },
+        )?;
+        Ok((error, shown))
+    }
+
+    fn step(
+        &self,
+        trainer: &mut Trainer<T::Module>,
+        sessions: &Sessions,
+        replica: usize,
+        place: &Place,
+    ) -> Result<Report, TrainError> {
+        let training = &self.config.training;
+        let first = trainer.steps() * training.batch as u64;
+        let share = self.config.mesh.share(replica, training.batch);
+        let parts = parts(share, largest_part(&self.config));
+        let parts = parts.map(|part| {
+            move |module: &T::Module| {
+                let weight = part.len() as f64 / training.batch as f64;
+                let samples = Samples::Drawn {
+                    seed: training.seed,
+                    numbers: first + part.start as u64..first + part.end as u64,
+                };
+                let session = sessions.of(part.len())?;
+                let loss = self.task.loss(module, &samples, place, &session)?;
+                Ok::<_, TrainError>(weighted(loss, weight))
+            }
+        });
+        trainer.step(&sessions.first, parts)
+    }
+
+    /// The mean error of the held-out samples, the same on every rank.
+    fn evaluate(
+        &self,
+        trainer: &Trainer<T::Module>,
+        sessions: &Sessions,
+        replica: usize,
+        place: &Place,
+    ) -> Result<f64, TrainError> {
+        let place = &without_graph(place);
+        let module = trainer.computed().valid();
+        let all = self.task.held_out();
+        let mut sum = 0.0;
+        for part in parts(
+            self.config.mesh.share(replica, all),
+            largest_part(&self.config),
+        ) {
+            let weight = part.len() as f64 / all as f64;
+            let session = sessions.of(part.len())?;
+            let samples = Samples::HeldOut(part);
+            sum += weight * self.task.error(&module, &samples, place, &session)?;
+        }
+        let own = TensorData::new(vec![sum], [1]);
+        let own = Tensor::from_data(own, (&place.device, self.config.dtype.dtype()));
+        Ok(sessions.first.sum_over_ranks(own)?.into_scalar::<f64>())
+    }
+
+    fn save(&self, snapshot: &Snapshot<T::Module>) -> Result<(), TrainError> {
+        let (config, training) = (&self.config, &self.config.training);
+        let manifest = Manifest::new(&self.subject, snapshot.step, training.batch, training.seed);
+        let mut files = snapshot.to_files(&manifest)?;
+        files.push((CONFIG, config.to_toml()?.into_bytes()));
+        let keep = NonZeroUsize::new(config.keep).unwrap_or(NonZeroUsize::MIN);
+        let path = self.store.save(snapshot.step, &files, keep)?;
+        (self.watch)(Event::Saved(&path));
+        Ok(())
+    }
+
+    fn note(&self, line: &Line) -> Result<(), TrainError> {
+        let mut metrics = self.metrics.lock().unwrap_or_else(PoisonError::into_inner);
+        metrics.add(line)?;
+        (self.watch)(match line {
+            Line::Step { .. } => Event::Step(line),
+            Line::HeldOut { step, held_out } => Event::Evaluated {
+                step: *step,
+                error: *held_out,
+            },
+        });
+        Ok(())
+    }
+}
+
+/// A session for each number of samples.
+struct Sessions {
+    first: Session,
+}
+
+impl Sessions {
+    fn of(&self, samples: usize) -> Result<Session, PlanError> {
+        match samples == self.first.model().batch {
+            true => Ok(self.first.clone()),
+            false => self.first.with_batch(samples),
+        }
+    }
+}
+
+/// A range in parts of at most `largest`.
+fn parts(
+    range: std::ops::Range<usize>,
+    largest: usize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let end = range.end;
+    range
+        .step_by(largest.max(1))
+        .map(move |start| start..(start + largest.max(1)).min(end))
+}
+
+fn weighted(loss: dsp_core::Loss, weight: f64) -> dsp_core::Loss {
+    use dsp_core::Loss::{OfShard, OfWhole};
+    match loss {
+        OfShard(loss) => OfShard(loss.mul_scalar(weight)),
+        OfWhole(loss) => OfWhole(loss.mul_scalar(weight)),
+    }
+}
+
+fn without_graph(place: &Place) -> Place {
+    Place {
+        device: place.device.clone().without_autodiff(),
+        dtype: place.dtype,
+    }
+}
