@@ -7,6 +7,8 @@
 
 mod copy;
 pub mod local;
+#[cfg(feature = "flex")]
+mod tiles;
 
 use std::fmt;
 use std::sync::Arc;
