@@ -196,8 +196,8 @@ impl Tile {
             for (i, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: the caller's.
                 let a = simd.splat_f32s(unsafe { *left.wrapping_add(i * self.left_row) });
-                for v in 0..V {
-                    sums[v] = simd.mul_add_e_f32s(a, b[v], sums[v]);
+                for (sum, b) in sums.iter_mut().zip(b) {
+                    *sum = simd.mul_add_e_f32s(a, b, *sum);
                 }
             }
             left = left.wrapping_add(self.left_step);

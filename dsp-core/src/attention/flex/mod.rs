@@ -52,13 +52,13 @@ pub(super) struct Tiling {
 impl Tiling {
     pub(super) const FORWARD: Self = Self {
         rows: 192,
-        strip: 12,
-        keys: 256,
+        strip: 24,
+        keys: 512,
     };
     pub(super) const BACKWARD: Self = Self {
-        rows: 96,
-        strip: 96,
-        keys: 192,
+        rows: 192,
+        strip: 192,
+        keys: 128,
     };
 }
 
