@@ -42,6 +42,8 @@ pub mod random;
 pub mod reference;
 pub mod session;
 pub mod shape;
+#[cfg(feature = "flex")]
+mod simd;
 pub mod strategy;
 pub mod transport;
 pub mod vjp;
