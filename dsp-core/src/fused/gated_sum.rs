@@ -2,8 +2,9 @@
 
 use std::convert::Infallible;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
+use super::is_half;
 use super::spread::{groups, sum_to};
 use crate::vjp::attach3;
 
@@ -45,6 +46,11 @@ fn forward<const D: usize>(inputs: [Tensor<D>; 3], groups: Option<usize>) -> Ten
 
 /// From the gate, `h` and the gradient.
 fn backward<const D: usize>(inputs: [Tensor<D>; 3], groups: Option<usize>) -> [Tensor<D>; 2] {
+    let dtype = inputs[0].dtype();
+    if is_half(dtype) {
+        let inputs = inputs.map(|input| input.cast(DType::F32));
+        return backward(inputs, groups).map(|gradient| gradient.cast(dtype));
+    }
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {
         use super::rows::Native;

@@ -2,8 +2,9 @@
 
 use std::convert::Infallible;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
+use super::is_half;
 use super::spread::{groups, sum_to};
 use crate::vjp::attach3;
 
@@ -54,6 +55,11 @@ fn forward<const D: usize>(
     epsilon: f64,
     groups: Option<usize>,
 ) -> Tensor<D> {
+    let dtype = inputs[0].dtype();
+    if is_half(dtype) {
+        let inputs = inputs.map(|input| input.cast(DType::F32));
+        return forward(inputs, epsilon, groups).cast(dtype);
+    }
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {
         use super::rows::Native;
@@ -71,6 +77,11 @@ fn backward<const D: usize>(
     epsilon: f64,
     groups: Option<usize>,
 ) -> [Tensor<D>; 3] {
+    let dtype = inputs[0].dtype();
+    if is_half(dtype) {
+        let inputs = inputs.map(|input| input.cast(DType::F32));
+        return backward(inputs, epsilon, groups).map(|gradient| gradient.cast(dtype));
+    }
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {
         use super::rows::Native;

@@ -8,6 +8,7 @@
 //! and is what the tests hold the other to; and on Flex a loop over the rows of the last dim, for f32 and f64, through
 //! whatever strides the tensor has, vectorised for the processor that it runs on, in blocks that the threads of the
 //! rank's pool share. Sums over positions are taken block by block in an order that does not depend on the threads.
+//! What sums, of half-precision tensors, sums in f32 and is rounded once.
 
 mod gated_sum;
 mod gelu;
@@ -32,3 +33,10 @@ pub use parts::parts;
 pub use rms_norm::rms_norm;
 pub use rotary::{Angles, Pairs, rotary};
 pub use swiglu::swiglu;
+
+use burn::tensor::DType;
+
+/// Whether sums of such values are taken in f32.
+fn is_half(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}

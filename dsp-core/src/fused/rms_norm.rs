@@ -2,8 +2,9 @@
 
 use std::convert::Infallible;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
+use super::is_half;
 use super::spread::sum_to;
 use crate::shape::reshape;
 use crate::vjp::attach2;
@@ -38,6 +39,11 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -
 }
 
 fn forward<const D: usize>(x: Tensor<D>, weight: Tensor<1>, epsilon: f64) -> Tensor<D> {
+    let dtype = x.dtype();
+    if is_half(dtype) {
+        let (x, weight) = (x.cast(DType::F32), weight.cast(DType::F32));
+        return forward(x, weight, epsilon).cast(dtype);
+    }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&x) {
         use super::rows::Native;
@@ -55,6 +61,12 @@ fn backward<const D: usize>(
     weight: Tensor<1>,
     epsilon: f64,
 ) -> (Tensor<D>, Tensor<1>) {
+    let dtype = weight.dtype();
+    if is_half(dtype) {
+        let inputs = inputs.map(|input| input.cast(DType::F32));
+        let (dx, dweight) = backward(inputs, weight.cast(DType::F32), epsilon);
+        return (dx.cast(dtype), dweight.cast(dtype));
+    }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&inputs[0]) {
         use super::rows::Native;

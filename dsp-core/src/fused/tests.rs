@@ -7,6 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::shape::reshape;
 
+/// Of the norms: large enough that a row of nearly equal values does not make rounding errors large.
+const EPSILON: f64 = 0.1;
+
 /// A value in [-1, 1) for each pair of numbers, without any generator's state.
 fn noise(seed: u64, index: usize) -> f64 {
     let z = ((seed << 32) | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -108,14 +111,14 @@ fn mean<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 fn layer_norm_formula<const D: usize>([x, weight, bias]: [Tensor<D>; 3]) -> Tensor<D> {
     let centred = x.clone() - mean(x);
     let variance = mean(centred.clone() * centred.clone());
-    centred / variance.add_scalar(1e-5).sqrt() * weight + bias
+    centred / variance.add_scalar(EPSILON).sqrt() * weight + bias
 }
 
 fn rms_norm_formula([x, weight]: [Tensor<4>; 2]) -> Tensor<4> {
     let (dims, length) = (x.dims(), weight.dims()[3]);
     let x: Tensor<4> = reshape(x, [dims[0] * dims[1], dims[2], dims[3] / length, length]);
     let square = mean(x.clone() * x.clone());
-    reshape(x / square.add_scalar(1e-5).sqrt() * weight, dims)
+    reshape(x / square.add_scalar(EPSILON).sqrt() * weight, dims)
 }
 
 fn gelu_formula([x]: [Tensor<4>; 1]) -> Tensor<4> {
@@ -168,9 +171,9 @@ proptest! {
             drawn(vectors, seed + 1, dtype, Lies::EndToEnd),
             drawn(vectors, seed + 2, dtype, Lies::EndToEnd),
         ];
-        let operation = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm(x, weight, bias, 1e-5);
+        let operation = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm(x, weight, bias, EPSILON);
         check(&inputs, operation, layer_norm_formula, lies);
-        let portable = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm::through([x, weight, bias], 1e-5, None);
+        let portable = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm::through([x, weight, bias], EPSILON, None);
         check(&inputs, portable, layer_norm_formula, lies);
     }
 
@@ -180,14 +183,14 @@ proptest! {
         dtype in dtypes(), lies in lies(), seed in 0u64..1000,
     ) {
         let inputs = [drawn(shape, seed, dtype, lies), drawn([1, 1, 1, length], seed + 1, dtype, Lies::EndToEnd)];
-        let operation = |[x, weight]: [Tensor<4>; 2]| rms_norm(x, reshape(weight, [length]), 1e-5);
+        let operation = |[x, weight]: [Tensor<4>; 2]| rms_norm(x, reshape(weight, [length]), EPSILON);
         check(&inputs, operation, rms_norm_formula, lies);
         let [x, weight] = inputs.clone();
         let weight = reshape(weight, [length]);
         let (expected, [dx, dweight]) = differentiated(&inputs, rms_norm_formula, lies);
-        assert_close("the output", &rms_norm::portable_forward(x.clone(), weight.clone(), 1e-5), &expected);
+        assert_close("the output", &rms_norm::portable_forward(x.clone(), weight.clone(), EPSILON), &expected);
         let cotangent = drawn(shape, 77, dtype, lies);
-        let (found, found_weight) = rms_norm::portable_backward([x, cotangent], weight, 1e-5);
+        let (found, found_weight) = rms_norm::portable_backward([x, cotangent], weight, EPSILON);
         assert_close("gradient 0", &found, &dx);
         assert_close("gradient 1", &reshape(found_weight, [1, 1, 1, length]), &dweight);
     }
@@ -316,7 +319,7 @@ fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
     let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 3])| (y, gradients.to_vec());
     add(of(differentiated(
         &[x.clone(), w.clone(), b],
-        |[x, w, b]| layer_norm(x, w, b, 1e-5),
+        |[x, w, b]| layer_norm(x, w, b, EPSILON),
         lies,
     )));
     add(of(differentiated(
@@ -325,7 +328,7 @@ fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
         lies,
     )));
     let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 2])| (y, gradients.to_vec());
-    let norm = |[x, run]: [Tensor<4>; 2]| rms_norm(x, reshape(run, [width / 2]), 1e-5);
+    let norm = |[x, run]: [Tensor<4>; 2]| rms_norm(x, reshape(run, [width / 2]), EPSILON);
     add(of(differentiated(&[x.clone(), run], norm, lies)));
     add(of(differentiated(
         &[x.clone(), h],
@@ -382,4 +385,32 @@ fn an_input_that_is_held_elsewhere_keeps_its_values() {
     let without = gelu_tanh(leaf.clone()).sum().backward();
     let expected = leaf.grad(&without).unwrap().add_scalar(1.0);
     assert_close("the gradient", &leaf.grad(&gradients).unwrap(), &expected);
+}
+
+/// Of 4096 ones and a half's precision: what sums in it is stuck at 256, and a mean of its squares is off.
+#[test]
+fn norms_and_sums_of_half_precision_are_taken_in_single_and_rounded_once() {
+    let cast = |x: Tensor<4>| x.cast(DType::BF16);
+    let single = |shape, seed| drawn::<4>(shape, seed, DType::F32, Lies::EndToEnd);
+    let [x, w, b] =
+        [[1, 64, 8, 64], [1, 1, 1, 64], [1, 1, 1, 64]].map(|shape| cast(single(shape, 3)));
+    let norm = |[x, w, b]: [Tensor<4>; 3]| layer_norm(x, w, b, EPSILON);
+    let half = [x, w, b];
+    let wide = half.clone().map(|input| input.cast(DType::F32));
+    let (y, gradients) = differentiated(&half, norm, Lies::EndToEnd);
+    let cotangent = cast(drawn([1, 64, 8, 64], 77, DType::F32, Lies::EndToEnd)).cast(DType::F32);
+    let leaves = wide.map(|input| input.autodiff().require_grad());
+    let expected = norm(leaves.clone());
+    let walked = (expected.clone() * cotangent.autodiff()).sum().backward();
+    let expected_gradients = leaves.map(|leaf| leaf.grad(&walked).unwrap());
+    let pairs = gradients.into_iter().zip(expected_gradients);
+    for (found, expected) in pairs.chain([(y, expected.inner())]) {
+        assert_eq!(found.dtype(), DType::BF16);
+        for (found, expected) in values(&found).into_iter().zip(values(&expected)) {
+            assert!(
+                (found - expected).abs() <= expected.abs() / 128.0 + 1e-6,
+                "{found} instead of {expected}"
+            );
+        }
+    }
 }
