@@ -33,10 +33,10 @@ struct Arguments {
 enum Task {
     /// Strategies head to head on the clip: builds `dsp` and runs `dsp compare ARGS…`
     Bench {
-        /// Instead, what kernels and collectives reach of this machine: every criterion benchmark
+        /// Instead, what kernels and collectives reach of this machine: every benchmark
         #[arg(long)]
         kernels: bool,
-        /// Passed on to `dsp compare`, or to criterion
+        /// Passed on to `dsp compare`, or to the benchmarks
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -108,7 +108,7 @@ fn bench(args: &[OsString]) -> Result<ExitCode> {
     }
 }
 
-/// Runs every criterion benchmark of the workspace, in the release profile, which the tests share.
+/// Runs every benchmark of the workspace, in the release profile, which the tests share.
 fn benchmarks(args: &[OsString]) -> Result<()> {
     let mut benches = cargo();
     benches.args([

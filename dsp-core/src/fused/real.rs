@@ -4,6 +4,8 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 use burn::tensor::Element;
 
+use crate::simd::Level;
+
 /// How many partial sums a reduction keeps: enough for the widest registers, and more exact than one.
 const LANES: usize = 16;
 
@@ -104,17 +106,10 @@ const INVERSE_FACTORIALS: [f64; 14] = {
 /// Pass a closure marked `#[inline(always)]`: a function that is only called is not compiled anew.
 #[inline(always)]
 pub(crate) fn vectorised<R>(work: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if let Some(avx_512) = pulp::x86::V4::try_new() {
-            return avx_512.vectorize(work);
-        }
-        if let Some(avx_2) = pulp::x86::V3::try_new() {
-            return avx_2.vectorize(work);
-        }
+    match Level::detect() {
+        Some(level) => level.run(work),
+        None => work(),
     }
-    // Elsewhere what every processor of the kind has is what the compiler assumes (NEON on 64-bit ARM).
-    work()
 }
 
 /// `Σ term(x)`.
