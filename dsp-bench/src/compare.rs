@@ -208,6 +208,10 @@ impl Comparer {
         };
         let deadline = Duration::from_secs_f64(self.scenario.deadline_seconds);
         let launch = Launch::new(case.ranks).timeout(deadline).on(&self.engine);
+        let launch = match self.scenario.threads_per_rank {
+            Some(threads) => launch.threads_per_rank(threads),
+            None => launch,
+        };
         let (verdict, ranks) = thread::scope(|scope| {
             let ranks = scope.spawn(move || launch.run_shared(move |group| steps.run(group)));
             // Nothing comes if the launch fails first.

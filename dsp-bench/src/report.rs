@@ -284,18 +284,7 @@ impl Chart {
                 values.fold(0.0, f32::max)
             }
         });
-        let longest = bars.fold(0.0, f32::max);
-        if longest <= 0.0 || !longest.is_finite() {
-            return (1.0, 4);
-        }
-        let magnitude = 10_f32.powf(longest.log10().floor());
-        let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0]
-            .into_iter()
-            .map(|part| part * magnitude)
-            .find(|step| longest <= 6.0 * step)
-            .unwrap_or(2.0 * magnitude);
-        let parts = (longest / step).ceil().max(1.0);
-        (parts * step, parts as usize)
+        round_axis(bars.fold(0.0, f32::max))
     }
 
     fn draw(&self, dark: bool) -> Result<String, ReportError> {
@@ -348,6 +337,21 @@ impl Chart {
             source,
         })
     }
+}
+
+/// The end of an axis that begins at 0, and its parts: round numbers that leave the largest value room.
+pub(crate) fn round_axis(largest: f32) -> (f32, usize) {
+    if largest <= 0.0 || !largest.is_finite() {
+        return (1.0, 4);
+    }
+    let magnitude = 10_f32.powf(largest.log10().floor());
+    let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0]
+        .into_iter()
+        .map(|part| part * magnitude)
+        .find(|step| largest <= 6.0 * step)
+        .unwrap_or(2.0 * magnitude);
+    let parts = (largest / step).ceil().max(1.0);
+    (parts * step, parts as usize)
 }
 
 impl Colour {

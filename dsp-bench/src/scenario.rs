@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::subject::{LanguageSizes, Sizes, VideoSizes, VitSizes, WeatherSizes};
 
 /// The scenarios that are compiled in: name, text.
-const BUILT_IN: [(&str, &str); 7] = [
+const BUILT_IN: [(&str, &str); 9] = [
     ("default", include_str!("../scenarios/default.toml")),
     ("small", include_str!("../scenarios/small.toml")),
     ("lm", include_str!("../scenarios/lm.toml")),
@@ -21,6 +21,8 @@ const BUILT_IN: [(&str, &str); 7] = [
     ("hybrid", include_str!("../scenarios/hybrid.toml")),
     ("vit", include_str!("../scenarios/vit.toml")),
     ("weather", include_str!("../scenarios/weather.toml")),
+    ("pair", include_str!("../scenarios/pair.toml")),
+    ("llama-block", include_str!("../scenarios/llama-block.toml")),
 ];
 
 /// One comparison: the model and its input, the cases, and how long it may take.
@@ -35,6 +37,9 @@ pub struct Scenario {
     pub batch: usize,
     /// The numbers of ranks to compare.
     pub ranks: Vec<usize>,
+    /// The compute threads of each rank; `None`: the ranks share the cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads_per_rank: Option<usize>,
     /// Strategies by name, mixtures joined by `+`; `None`: all that are compiled in, and [`mixtures`](Self::mixtures).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategies: Option<Vec<String>>,
@@ -152,7 +157,7 @@ impl ModelSizes {
 }
 
 /// What one repeat runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Passes {
     /// The forward pass only.
@@ -301,6 +306,9 @@ impl Scenario {
             &self.ranks,
             "each must be at least 1 and stand there once",
         )?;
+        if let Some(threads) = self.threads_per_rank {
+            rules.at_least_one(&[("threads_per_rank", threads)])?;
+        }
         if let Some(strategies) = &self.strategies {
             rules.hold(
                 !strategies.is_empty(),

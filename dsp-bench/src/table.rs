@@ -64,10 +64,13 @@ fn heading(comparison: &Comparison) -> String {
         scenario.passes.label()
     )) + "\n"
         + &wrap(&format!(
-            "{} {cores}{memory}, {}, backend {}",
+            "{} {cores}{memory}, {}, backend {}{}",
             machine.cores,
             machine.cpu.as_deref().unwrap_or("processor unknown"),
-            comparison.backend
+            comparison.backend,
+            scenario
+                .threads_per_rank
+                .map_or(String::new(), |threads| format!(", {threads} to a rank"))
         ))
 }
 

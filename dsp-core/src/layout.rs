@@ -23,6 +23,7 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 
 use crate::blocks::{Blocks, DIMS, DimBlocks};
+use crate::fused;
 use crate::partition::Partition;
 use crate::vjp;
 
@@ -584,22 +585,16 @@ impl Shard {
 
     /// The channels in `N` equal parts: a fused query-key-value projection's three.
     ///
+    /// # Gradient
+    /// The parts' side by side, put together once.
+    ///
     /// # Panics
     /// If `N` does not divide the channels.
     pub fn chunks<const N: usize>(self) -> [Self; N] {
-        let channels = self.tensor.dims()[4];
-        assert!(
-            channels.is_multiple_of(N),
-            "{channels} channels do not fall into {N} equal parts"
-        );
-        let width = channels / N;
-        std::array::from_fn(|part| {
-            let range = part * width..(part + 1) * width;
-            Self {
-                tensor: select_ranges(self.tensor.clone(), 4, &[range]),
-                layout: self.layout.clone(),
-                rank: self.rank,
-            }
+        fused::parts(self.tensor).map(|tensor| Self {
+            tensor,
+            layout: self.layout.clone(),
+            rank: self.rank,
         })
     }
 

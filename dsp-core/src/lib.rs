@@ -14,6 +14,7 @@
 //! | [`collective`], [`reference`](mod@reference) | differentiable collectives; the same as plain functions over all blocks |
 //! | [`vjp`] | a function with a gradient of our own |
 //! | [`shape`], [`mod@linear`] | reshaping and linear layers that take empty blocks |
+//! | [`fused`] | element-wise chains in one pass: norms, gates, activations, rotary embedding |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
@@ -29,6 +30,7 @@ pub mod blocks;
 pub mod collective;
 pub mod cost;
 pub mod error;
+pub mod fused;
 pub mod gradients;
 pub mod group;
 pub mod launch;
@@ -42,6 +44,8 @@ pub mod reference;
 pub mod session;
 pub mod shape;
 pub mod share;
+#[cfg(feature = "flex")]
+mod simd;
 pub mod strategy;
 pub mod transport;
 pub mod vjp;

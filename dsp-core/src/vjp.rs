@@ -77,6 +77,41 @@ where
     ))
 }
 
+/// Attaches `output`, computed from two inputs outside the graph, to the graphs of the inputs: see [`attach3`].
+///
+/// # Shapes
+/// - `backward`: the gradient of `output`, in its shape, to the inputs' gradients, in their shapes
+/// - returns: `output`, tracked if either input is; else a constant on the device of the inputs
+///
+/// # Panics
+/// As [`attach1`].
+pub fn attach2<const I: usize, const O: usize, E>(
+    inputs: [Tensor<I>; 2],
+    output: Tensor<O>,
+    backward: impl Fn(Tensor<O>) -> Result<[Tensor<I>; 2], E> + Send + Sync + 'static,
+) -> Tensor<O>
+where
+    E: Send + 'static,
+{
+    let output = untracked(output);
+    if !inputs.iter().any(Tensor::is_tracked) {
+        let like = inputs.iter().find(|input| input.is_autodiff());
+        return constant_like(output, like.unwrap_or(&inputs[0]));
+    }
+    let shapes = inputs.each_ref().map(Tensor::dims);
+    let pullback = Pullback::new(move |gradient| {
+        let gradient = Tensor::<O>::from_dispatch(gradient);
+        backward(gradient).map(|[a, b]| [checked(a, shapes[0]), checked(b, shapes[1])])
+    });
+    let [a, b] = inputs.map(Tensor::into_dispatch);
+    Tensor::from_dispatch(<Dispatch as Attach>::attach2(
+        a,
+        b,
+        output.into_dispatch(),
+        pullback,
+    ))
+}
+
 /// Attaches `output`, computed from three inputs outside the graph, to the graphs of the inputs.
 ///
 /// As [`attach1`], which says what holds for both. Inputs that need no gradient may be mixed with
@@ -197,6 +232,16 @@ trait Attach: Backend {
         output
     }
 
+    fn attach2(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        pullback: Pullback<2>,
+    ) -> FloatTensor<Self> {
+        let _ = (a, b, pullback);
+        output
+    }
+
     fn attach3(
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
@@ -227,6 +272,15 @@ where
         pullback: Pullback<1>,
     ) -> FloatTensor<Self> {
         register::<B, C, 1>([input], output, pullback)
+    }
+
+    fn attach2(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        pullback: Pullback<2>,
+    ) -> FloatTensor<Self> {
+        register::<B, C, 2>([a, b], output, pullback)
     }
 
     fn attach3(

@@ -34,7 +34,10 @@ struct Arguments {
 enum Task {
     /// Strategies head to head on the clip: builds `dsp` and runs `dsp compare ARGS…`
     Bench {
-        /// Passed on to `dsp compare`
+        /// Instead, what kernels and collectives reach of this machine: every benchmark
+        #[arg(long)]
+        kernels: bool,
+        /// Passed on to `dsp compare`, or to the benchmarks
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -69,7 +72,14 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<ExitCode> {
     std::env::set_current_dir(workspace_root()?).context("entering the workspace's folder")?;
     match task {
-        Task::Bench { args } => return bench(&args),
+        Task::Bench {
+            kernels: true,
+            args,
+        } => benchmarks(&args)?,
+        Task::Bench {
+            kernels: false,
+            args,
+        } => return bench(&args),
         Task::Test { args } => test(&args)?,
         Task::Ci { skip_tests } => ci::ci(skip_tests)?,
         Task::Architecture => architecture::check()?,
@@ -97,6 +107,20 @@ fn bench(args: &[OsString]) -> Result<ExitCode> {
         Some(code) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(1))),
         None => bail!("`dsp compare` was ended by a signal: {status}"),
     }
+}
+
+/// Runs every benchmark of the workspace, in the release profile, which the tests share.
+fn benchmarks(args: &[OsString]) -> Result<()> {
+    let mut benches = cargo();
+    benches.args([
+        "bench",
+        "--profile",
+        "release",
+        "--workspace",
+        "--bench",
+        "*",
+    ]);
+    run(benches.arg("--").args(args))
 }
 
 /// Builds `dsp` in the release profile and returns its path.
@@ -180,11 +204,22 @@ mod tests {
             &["xtask", "bench", "--ranks", "1,2", "x"][..],
             &["xtask", "bench", "--", "--ranks", "1,2", "x"],
         ] {
-            let Task::Bench { args } = Arguments::try_parse_from(line).unwrap().task else {
+            let Task::Bench { kernels, args } = Arguments::try_parse_from(line).unwrap().task
+            else {
                 panic!("not bench: {line:?}");
             };
+            assert_eq!((kernels, args.len()), (false, 3));
             assert_eq!(args, ["--ranks", "1,2", "x"]);
         }
+    }
+
+    #[test]
+    fn kernels_are_asked_for_before_what_is_passed_on() {
+        let line = ["xtask", "bench", "--kernels", "switch"];
+        let Task::Bench { kernels, args } = Arguments::try_parse_from(line).unwrap().task else {
+            panic!("not bench");
+        };
+        assert_eq!((kernels, args), (true, vec![OsString::from("switch")]));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use dsp_bench::compare::{self, Meter};
 use dsp_bench::progress::Progress;
-use dsp_bench::scenario::{ModelKind, Scenario};
+use dsp_bench::scenario::{ModelKind, Passes, Scenario};
 use dsp_bench::tracefile::TraceFile;
 use dsp_bench::{report, table};
 use dsp_core::Engine;
@@ -31,6 +31,12 @@ pub(crate) struct CompareArgs {
     /// Only these numbers of ranks, e.g. 1,2,4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
+    /// The compute threads of each rank; by default the ranks share the cores.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// What a repeat runs.
+    #[arg(long, value_enum)]
+    passes: Option<Passes>,
     /// Write all that was found as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -57,6 +63,8 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
     let most = engine::most_ranks(engine);
     scenario.ranks.retain(|&ranks| ranks <= most);
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
+    scenario.threads_per_rank = args.threads.or(scenario.threads_per_rank);
+    scenario.passes = args.passes.unwrap_or(scenario.passes);
     scenario.check(&scenario.name)?;
     let comparer = compare::Comparer::new(scenario)?.on(engine);
     if !engine::shows(engine) {

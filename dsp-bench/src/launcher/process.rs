@@ -174,7 +174,10 @@ pub fn run_rank(
         .take()
         .map(|pipe| pass_on(pipe, rank, "output"));
     let error = child.stderr.take().map(|pipe| pass_on(pipe, rank, "error"));
+    // Waiting would close it, and who is tied to it would end.
+    let tie = child.stdin.take();
     let code = code(child.wait()?);
+    drop(tie);
     for listener in [output, error].into_iter().flatten() {
         let _ = listener.join();
     }

@@ -10,6 +10,7 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use super::config::RunConfig;
 use super::run::{Line, Outcome};
 use super::task::Shown;
+use crate::report::round_axis;
 
 /// Points of a curve: a long run's steps are averaged down to so many.
 const POINTS: usize = 120;
@@ -100,8 +101,8 @@ pub fn render(
         )?,
         draw(
             &axis,
-            "learning rate",
-            vec![("learning rate", of_steps(2, 1.0))],
+            "learning rate, thousandths",
+            vec![("learning rate, thousandths", of_steps(2, 1e3))],
         )?,
     ];
     let mut shown = Vec::new();
@@ -227,7 +228,7 @@ fn draw(
         .collect();
     let known = curves.iter().flat_map(|(_, values)| values);
     let known = known.filter(|value| **value != NIL_VALUE && value.is_finite());
-    let least = known.clone().copied().fold(f32::INFINITY, f32::min);
+    let largest = known.copied().fold(0.0, f32::max);
     let series = curves
         .into_iter()
         .enumerate()
@@ -256,7 +257,10 @@ fn draw(
     let mut values = chart.y_axis_configs.first().cloned().unwrap_or_default();
     values.font.color = text;
     values.stroke_color = line;
-    values.min = (least.is_finite() && least >= 0.0).then_some(0.0);
+    let (end, parts) = round_axis(largest);
+    values.min = Some(0.0);
+    values.max = Some(end);
+    values.split_number = parts;
     chart.y_axis_configs = vec![values];
     let svg = chart.svg().map_err(|source| PageError::Chart {
         chart: about,

@@ -31,6 +31,8 @@
 
 pub mod chunks;
 mod dropout;
+#[cfg(feature = "flex")]
+mod flex;
 pub mod heads;
 mod kernel;
 pub mod linear;
@@ -60,8 +62,8 @@ pub use softmax::{HeadRange, Problem, backward, forward, merge, softmax_attentio
 /// Positions are those of the attended axes jointly, the last axis varying fastest.
 ///
 /// A new kind (an additive bias, a block pattern) is one variant here with an
-/// arm in [`sees`](Self::sees) and one in [`classify`](Self::classify), and, if it depends on a
-/// query or a sample, in the private `depends_on_sample` and `depends_on_query`. The attention
+/// arm in [`sees`](Self::sees), one in [`classify`](Self::classify) and one in the private `visible`, and, if it
+/// depends on a query or a sample, in the private `depends_on_sample` and `depends_on_query`. The attention
 /// itself asks for nothing else; a bias, which has a gradient, would also add a term to the scores.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -112,6 +114,21 @@ impl Mask {
                 documents.of(query) == documents.of(key) && within.sees(query, key)
             }
             Self::KeyLengths(lengths) => key < lengths[sample],
+        }
+    }
+
+    /// The positions of the keys that a query sees: [`sees`](Self::sees) as one range.
+    #[cfg(feature = "flex")]
+    fn visible(&self, sample: usize, query: usize) -> Range<usize> {
+        match self {
+            Self::Full => 0..usize::MAX,
+            Self::Causal => Within::Causal.visible(query),
+            Self::Window { size } => Within::Window(*size).visible(query),
+            Self::Packed { documents, within } => {
+                let (document, seen) = (documents.around(query), within.visible(query));
+                document.start.max(seen.start)..document.end.min(seen.end)
+            }
+            Self::KeyLengths(lengths) => 0..lengths[sample],
         }
     }
 
@@ -280,6 +297,17 @@ mod tests {
                 (false, true) => Visibility::Some,
             };
             prop_assert_eq!(mask.classify(first.min(3)..3, &queries, &keys), expected);
+        }
+
+        #[cfg(feature = "flex")]
+        #[test]
+        fn what_a_query_sees_is_one_range_of_positions(
+            mask in masks(2),
+            (query, key) in (0..25usize, 0..25usize),
+        ) {
+            for sample in 0..2 {
+                prop_assert_eq!(mask.visible(sample, query).contains(&key), mask.sees(sample, query, key));
+            }
         }
 
         #[test]

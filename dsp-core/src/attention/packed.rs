@@ -15,6 +15,8 @@
 //! without the leading 0 (FlashAttention-2, arXiv:2307.08691).
 
 use std::num::NonZeroUsize;
+#[cfg(feature = "flex")]
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Span;
@@ -36,6 +38,16 @@ impl Within {
             Self::Full => true,
             Self::Causal => key <= query,
             Self::Window(size) => key <= query && query - key < size.get(),
+        }
+    }
+
+    /// The positions that the query at one sees, of those of one endless document.
+    #[cfg(feature = "flex")]
+    pub(super) fn visible(self, query: usize) -> Range<usize> {
+        match self {
+            Self::Full => 0..usize::MAX,
+            Self::Causal => 0..query + 1,
+            Self::Window(size) => (query + 1).saturating_sub(size.get())..query + 1,
         }
     }
 
@@ -114,6 +126,16 @@ impl Documents {
     /// The document of a position, from 0. Cost: the logarithm of the number of documents.
     pub fn of(&self, position: usize) -> usize {
         self.ends.partition_point(|&end| end <= position)
+    }
+
+    /// The positions of the document around one.
+    #[cfg(feature = "flex")]
+    pub(super) fn around(&self, position: usize) -> Range<usize> {
+        let document = self.of(position);
+        let start = document
+            .checked_sub(1)
+            .map_or(0, |before| self.ends[before]);
+        start..self.ends.get(document).copied().unwrap_or(usize::MAX)
     }
 
     /// Whether each of the queries sees each of the keys: they lie in one document, which has no gap.

@@ -1,5 +1,6 @@
 //! Attention on shards: which dims of an activation are attended over, and which ride along as samples.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use crate::error::Error;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
 use crate::shape::reshape;
 use crate::strategy::{AttentionScope, Form};
+use crate::vjp::attach1;
 
 /// The heads of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,16 +298,31 @@ impl Fold {
         }
     }
 
-    /// `[B, s1, s2, s3, H·d]` to `[samples, rows, H, d]`.
+    /// `[B, s1, s2, s3, H·d]` to `[samples, rows, H, d]`: a view where the strides allow it.
     pub fn fold(&self, x: Tensor<DIMS>, heads: usize) -> Tensor<4> {
-        let channels = x.dims()[4];
-        let dim = channels.checked_div(heads).unwrap_or(0);
-        let x = x.permute(self.order.map(|dim| dim as isize));
-        reshape(x, [self.samples, self.rows, heads, dim])
+        let dim = x.dims()[4].checked_div(heads).unwrap_or(0);
+        let folded = self.folded(x.clone().inner(), [heads, dim]);
+        let this = self.clone();
+        attach1(x, folded, move |gradient| {
+            Ok::<_, Infallible>(this.unfolded(gradient))
+        })
     }
 
     /// `[samples, rows, H, d]` back to `[B, s1, s2, s3, H·d]`.
     pub fn unfold(&self, x: Tensor<4>) -> Tensor<DIMS> {
+        let ([_, _, heads, dim], this) = (x.dims(), self.clone());
+        let unfolded = self.unfolded(x.clone().inner());
+        attach1(x, unfolded, move |gradient| {
+            Ok::<_, Infallible>(this.folded(gradient, [heads, dim]))
+        })
+    }
+
+    fn folded(&self, x: Tensor<DIMS>, [heads, dim]: [usize; 2]) -> Tensor<4> {
+        let x = x.permute(self.order.map(|dim| dim as isize));
+        reshape(x, [self.samples, self.rows, heads, dim])
+    }
+
+    fn unfolded(&self, x: Tensor<4>) -> Tensor<DIMS> {
         let [_, _, heads, dim] = x.dims();
         let mut shape = self.order.map(|dim| self.dims[dim]);
         shape[4] = heads * dim;

@@ -67,7 +67,7 @@ impl HeadRange {
 
     /// The heads held here in runs of whole kv heads with equally many queries each: at most three,
     /// as only the first and the last kv head can be cut.
-    fn segments(&self) -> Vec<Segment> {
+    pub(super) fn segments(&self) -> Vec<Segment> {
         let kv_start = self.kv().start;
         let mut segments = Vec::new();
         let mut head = self.query.start;
@@ -92,10 +92,10 @@ impl HeadRange {
 
 /// Kv heads with equally many query heads each; all numbers are local.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Segment {
-    query_start: usize,
-    kv: Range<usize>,
-    group: usize,
+pub(super) struct Segment {
+    pub(super) query_start: usize,
+    pub(super) kv: Range<usize>,
+    pub(super) group: usize,
 }
 
 /// What to attend to: everything but the tensors.
@@ -141,7 +141,7 @@ pub fn forward(
     v: Tensor<4>,
     problem: &Problem,
 ) -> (Tensor<4>, Tensor<3>) {
-    forward_in(Blocks::DEFAULT, q, k, v, problem)
+    Way::Best.forward(q, k, v, problem)
 }
 
 /// The gradients of `q`, `k` and `v`, recomputing the weights block by block from the logsumexp.
@@ -169,7 +169,7 @@ pub fn backward(
     dout: Tensor<4>,
     problem: &Problem,
 ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
-    backward_in(Blocks::DEFAULT, q, k, v, out, lse, dout, problem)
+    Way::Best.backward(q, k, v, out, lse, dout, problem)
 }
 
 /// Attends with a gradient: [`forward`], attached to the graphs of `q`, `k`, `v` with [`backward`].
@@ -190,7 +190,7 @@ pub fn softmax_attention(
     v: Tensor<4>,
     problem: Problem,
 ) -> (Tensor<4>, Tensor<3>) {
-    softmax_attention_in(Blocks::DEFAULT, q, k, v, problem)
+    softmax_attention_in(Way::Best, q, k, v, problem)
 }
 
 /// The result over two disjoint sets of keys from the result over each.
@@ -227,8 +227,77 @@ impl Blocks {
     };
 }
 
+/// How attention is computed.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// By the kernels of [`super::flex`] where there are some for the tensors, else portably.
+    Best,
+    /// With Burn's operations, in such blocks.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the oracle of the tests"))]
+    Portable(Blocks),
+    /// By the kernels of [`super::flex`], with an instruction set and such tiles.
+    #[cfg(all(test, feature = "flex"))]
+    Flex(crate::simd::Level, super::flex::Tiling),
+}
+
+impl Way {
+    fn forward(
+        self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        problem: &Problem,
+    ) -> (Tensor<4>, Tensor<3>) {
+        match self {
+            Self::Best => {
+                #[cfg(feature = "flex")]
+                if let Some(results) = super::flex::forward(&q, &k, &v, problem) {
+                    return results;
+                }
+                forward_in(Blocks::DEFAULT, q, k, v, problem)
+            }
+            Self::Portable(blocks) => forward_in(blocks, q, k, v, problem),
+            #[cfg(all(test, feature = "flex"))]
+            Self::Flex(level, tiling) => {
+                super::flex::forward_in((level, tiling), &q, &k, &v, problem)
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the names of the formula")]
+    fn backward(
+        self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        out: Tensor<4>,
+        lse: Tensor<3>,
+        dout: Tensor<4>,
+        problem: &Problem,
+    ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+        #[cfg(feature = "flex")]
+        let tensors = [&q, &k, &v, &out, &dout];
+        match self {
+            Self::Best => {
+                #[cfg(feature = "flex")]
+                if let Some([dq, dk, dv]) = super::flex::backward(tensors, &lse, problem) {
+                    return (dq, dk, dv);
+                }
+                backward_in(Blocks::DEFAULT, q, k, v, out, lse, dout, problem)
+            }
+            Self::Portable(blocks) => backward_in(blocks, q, k, v, out, lse, dout, problem),
+            #[cfg(all(test, feature = "flex"))]
+            Self::Flex(level, tiling) => {
+                let [dq, dk, dv] =
+                    super::flex::backward_in((level, tiling), tensors, &lse, problem);
+                (dq, dk, dv)
+            }
+        }
+    }
+}
+
 fn softmax_attention_in(
-    blocks: Blocks,
+    way: Way,
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
@@ -236,7 +305,7 @@ fn softmax_attention_in(
 ) -> (Tensor<4>, Tensor<3>) {
     let inputs = [q, k, v];
     let [q, k, v] = inputs.clone().map(Tensor::inner);
-    let (out, lse) = forward_in(blocks, q.clone(), k.clone(), v.clone(), &problem);
+    let (out, lse) = way.forward(q.clone(), k.clone(), v.clone(), &problem);
     let constant_lse = match inputs.iter().find(|input| input.is_autodiff()) {
         Some(input) => vjp::constant_like(lse.clone(), input),
         None => lse.clone(),
@@ -245,7 +314,7 @@ fn softmax_attention_in(
     let out = vjp::attach3(inputs, out, move |dout| {
         let (q, k, v) = (q.clone(), k.clone(), v.clone());
         let (out, lse) = (kept.clone(), lse.clone());
-        let (dq, dk, dv) = backward_in(blocks, q, k, v, out, lse, dout, &problem);
+        let (dq, dk, dv) = way.backward(q, k, v, out, lse, dout, &problem);
         Ok::<_, Infallible>([dq, dk, dv])
     });
     (out, constant_lse)
@@ -400,14 +469,14 @@ fn add(sum: &mut Option<Tensor<4>>, term: Tensor<4>) {
 }
 
 /// The shapes of `q`, `k`, `v`, which agree with one another and with the problem.
-struct Sizes {
-    q: [usize; 4],
-    k: [usize; 4],
-    v: [usize; 4],
+pub(super) struct Sizes {
+    pub(super) q: [usize; 4],
+    pub(super) k: [usize; 4],
+    pub(super) v: [usize; 4],
 }
 
 impl Sizes {
-    fn of(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Self {
+    pub(super) fn of(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> Self {
         let sizes = Self {
             q: q.dims(),
             k: k.dims(),
@@ -447,7 +516,7 @@ impl Sizes {
         sizes
     }
 
-    fn check_results(&self, out: &Tensor<4>, lse: &Tensor<3>, dout: &Tensor<4>) {
+    pub(super) fn check_results(&self, out: &Tensor<4>, lse: &Tensor<3>, dout: &Tensor<4>) {
         let [batch, queries, heads, _] = self.q;
         let expected = [batch, queries, heads, self.v[3]];
         assert!(
@@ -731,7 +800,7 @@ fn ranges(length: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// The positions of some rows, of all rows' positions.
-fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usize>> {
+pub(super) fn positions_of(positions: &[Range<usize>], rows: Range<usize>) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut first_row = 0;
     for range in positions {
@@ -757,7 +826,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::attention::flex::Tiling;
     use crate::attention::{Documents, DropoutKey, Within};
+    use crate::simd::Level;
 
     /// Blocks that hold any problem of these tests at once.
     const ONE_BLOCK: Blocks = Blocks {
@@ -867,16 +938,29 @@ mod tests {
         }
     }
 
-    fn ours(case: &Case, blocks: Blocks, device: &Device) -> Results {
+    /// Every way that can take the case, in blocks of these sizes.
+    fn ways(case: &Case, blocks: Blocks) -> Vec<Way> {
+        let mut ways = vec![Way::Best, Way::Portable(blocks)];
+        if case.dtype == DType::F32 {
+            let tiling = Tiling {
+                rows: blocks.query,
+                strip: blocks.query.div_ceil(2),
+                keys: blocks.key,
+            };
+            ways.extend(
+                Level::all()
+                    .into_iter()
+                    .map(|level| Way::Flex(level, tiling)),
+            );
+        }
+        ways
+    }
+
+    fn ours(case: &Case, way: Way, device: &Device) -> Results {
         let [q, k, v, dout] = case.inputs(device, case.dtype);
         let [q, k, v] = [q, k, v].map(|x| x.autodiff().require_grad());
-        let (out, lse) = softmax_attention_in(
-            blocks,
-            q.clone(),
-            k.clone(),
-            v.clone(),
-            case.problem.clone(),
-        );
+        let (out, lse) =
+            softmax_attention_in(way, q.clone(), k.clone(), v.clone(), case.problem.clone());
         let gradients = (out.clone() * dout.autodiff()).sum().backward();
         Results {
             out: out.inner(),
@@ -1048,8 +1132,11 @@ mod tests {
             // f64: a few hundred roundings. f32: the same, at its own epsilon.
             let tolerance = if case.dtype == DType::F64 { 1e-13 } else { 1e-5 };
             let expected = naive(&case, &device);
-            ours(&case, case.blocks, &device).assert_close(&expected, tolerance);
-            ours(&case, ONE_BLOCK, &device).assert_close(&expected, tolerance);
+            for blocks in [case.blocks, ONE_BLOCK] {
+                for way in ways(&case, blocks) {
+                    ours(&case, way, &device).assert_close(&expected, tolerance);
+                }
+            }
         }
 
         #[test]
@@ -1167,20 +1254,22 @@ mod tests {
                 ] {
                     let mut case = plain(batch, heads, queries, keys, mask);
                     case.dtype = dtype;
-                    let Results {
-                        out,
-                        lse,
-                        gradients: [dq, dk, dv],
-                    } = ours(&case, Blocks::DEFAULT, &device);
-                    assert_eq!(out.dims(), [batch, queries, heads, 3]);
-                    assert_eq!(lse.dims(), [batch, queries, heads]);
-                    assert_eq!(dq.dims(), [batch, queries, heads, 4]);
-                    assert_eq!(dk.dims(), [batch, keys, heads, 4]);
-                    assert_eq!(dv.dims(), [batch, keys, heads, 3]);
-                    assert!(values(&lse).iter().all(|&x| x == f64::NEG_INFINITY));
-                    for tensor in [out, dq, dk, dv] {
-                        assert_eq!(tensor.dtype(), dtype);
-                        assert!(values(&tensor).iter().all(|&x| x == 0.0));
+                    for way in ways(&case, Blocks::DEFAULT) {
+                        let Results {
+                            out,
+                            lse,
+                            gradients: [dq, dk, dv],
+                        } = ours(&case, way, &device);
+                        assert_eq!(out.dims(), [batch, queries, heads, 3]);
+                        assert_eq!(lse.dims(), [batch, queries, heads]);
+                        assert_eq!(dq.dims(), [batch, queries, heads, 4]);
+                        assert_eq!(dk.dims(), [batch, keys, heads, 4]);
+                        assert_eq!(dv.dims(), [batch, keys, heads, 3]);
+                        assert!(values(&lse).iter().all(|&x| x == f64::NEG_INFINITY));
+                        for tensor in [out, dq, dk, dv] {
+                            assert_eq!(tensor.dtype(), dtype);
+                            assert!(values(&tensor).iter().all(|&x| x == 0.0));
+                        }
                     }
                 }
             }
@@ -1215,22 +1304,24 @@ mod tests {
             ] {
                 let mut case = plain(2, 2, 3, 5, Mask::KeyLengths([0, 3].into()));
                 case.dtype = dtype;
-                let found = ours(&case, blocks, &device);
-                let [blind, seeing] = [0, 1].map(|sample| {
-                    let part = |x: &Tensor<4>| values(&x.clone().slice(s![sample..sample + 1]));
-                    let mut all = part(&found.out);
-                    found.gradients.iter().for_each(|x| all.extend(part(x)));
-                    (
-                        all,
-                        values(&found.lse.clone().slice(s![sample..sample + 1])),
-                    )
-                });
-                assert!(blind.0.iter().all(|&x| x == 0.0));
-                assert!(blind.1.iter().all(|&x| x == f64::NEG_INFINITY));
-                assert!(seeing.0.iter().chain(&seeing.1).all(|x| x.is_finite()));
-                // Hidden keys of the seeing sample get no gradient, to the last bit.
-                let hidden = found.gradients[1].clone().slice(s![1..2, 3..5]);
-                assert!(values(&hidden).iter().all(|&x| x == 0.0));
+                for way in ways(&case, blocks) {
+                    let found = ours(&case, way, &device);
+                    let [blind, seeing] = [0, 1].map(|sample| {
+                        let part = |x: &Tensor<4>| values(&x.clone().slice(s![sample..sample + 1]));
+                        let mut all = part(&found.out);
+                        found.gradients.iter().for_each(|x| all.extend(part(x)));
+                        (
+                            all,
+                            values(&found.lse.clone().slice(s![sample..sample + 1])),
+                        )
+                    });
+                    assert!(blind.0.iter().all(|&x| x == 0.0));
+                    assert!(blind.1.iter().all(|&x| x == f64::NEG_INFINITY));
+                    assert!(seeing.0.iter().chain(&seeing.1).all(|x| x.is_finite()));
+                    // Hidden keys of the seeing sample get no gradient, to the last bit.
+                    let hidden = found.gradients[1].clone().slice(s![1..2, 3..5]);
+                    assert!(values(&hidden).iter().all(|&x| x == 0.0));
+                }
             }
         }
     }
@@ -1267,16 +1358,18 @@ mod tests {
                 let mut case = plain(1, 2, 5, 8, Mask::Causal);
                 case.problem.scale = 2000.0;
                 case.dtype = dtype;
-                let found = ours(&case, blocks, &device);
-                // The first query sees one key: its score is its logsumexp, its value the output.
-                let [q, k, v, _] = case.inputs(&device, DType::F64);
-                let first = |x: Tensor<4>| x.slice(s![.., 0..1]);
-                let score = (first(q) * first(k)).sum_dim(3) * case.problem.scale;
-                let lse = found.lse.slice(s![.., 0..1]).unsqueeze_dim::<4>(3);
-                assert_close!(lse, score, if dtype == DType::F64 { 1e-14 } else { 1e-6 });
-                assert_close!(first(found.out.clone()), first(v), 0.0);
-                for tensor in found.gradients.iter().chain([&found.out]) {
-                    assert!(values(tensor).iter().all(|x| x.is_finite()));
+                for way in ways(&case, blocks) {
+                    let found = ours(&case, way, &device);
+                    // The first query sees one key: its score is its logsumexp, its value the output.
+                    let [q, k, v, _] = case.inputs(&device, DType::F64);
+                    let first = |x: Tensor<4>| x.slice(s![.., 0..1]);
+                    let score = (first(q) * first(k)).sum_dim(3) * case.problem.scale;
+                    let lse = found.lse.clone().slice(s![.., 0..1]).unsqueeze_dim::<4>(3);
+                    assert_close!(lse, score, if dtype == DType::F64 { 1e-14 } else { 1e-6 });
+                    assert_close!(first(found.out.clone()), first(v), 0.0);
+                    for tensor in found.gradients.iter().chain([&found.out]) {
+                        assert!(values(tensor).iter().all(|x| x.is_finite()));
+                    }
                 }
             }
         }
@@ -1350,7 +1443,7 @@ mod tests {
     fn gradient_checkpointing_changes_nothing() {
         let device = Device::flex();
         let case = plain(2, 2, 7, 9, Mask::Causal);
-        let plain = ours(&case, Blocks::DEFAULT, &device);
+        let plain = ours(&case, Way::Best, &device);
         let balanced = device.clone().autodiff().gradient_checkpointing();
         let [q, k, v, dout] = case.inputs(&balanced, DType::F64);
         let leaves = [q, k, v].map(|x| x.detach().require_grad());
@@ -1387,10 +1480,116 @@ mod tests {
             key: 32,
             scores_bytes: 10_000,
         };
-        let (a, b) = (ours(&case, blocks, &device), ours(&case, blocks, &device));
-        assert_eq!(values(&a.out), values(&b.out));
-        for (a, b) in a.gradients.iter().zip(&b.gradients) {
-            assert_eq!(values(a), values(b));
+        for way in ways(&case, blocks) {
+            let (a, b) = (ours(&case, way, &device), ours(&case, way, &device));
+            assert_eq!(values(&a.out), values(&b.out));
+            for (a, b) in a.gradients.iter().zip(&b.gradients) {
+                assert_eq!(values(a), values(b));
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_give_the_same_bits_on_any_number_of_threads_and_in_tiles_of_any_rows() {
+        let Some(level) = Level::detect() else { return };
+        let device = Device::flex();
+        // One kv head, so that its queries are cut into chunks.
+        let mut case = plain(1, 2, 700, 300, Mask::Causal);
+        case.dtype = DType::F32;
+        case.problem.heads.group = 2;
+        let tiling = |rows| Tiling {
+            rows,
+            strip: rows.div_ceil(3),
+            keys: 64,
+        };
+        let run = |threads, rows| {
+            let threads = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            (threads.build().unwrap())
+                .install(|| ours(&case, Way::Flex(level, tiling(rows)), &device))
+        };
+        let expected = run(1, 40);
+        for (threads, rows) in [(3, 40), (2, 40)] {
+            let found = run(threads, rows);
+            assert_eq!(values(&found.out), values(&expected.out));
+            assert_eq!(values(&found.lse), values(&expected.lse));
+            for (found, expected) in found.gradients.iter().zip(&expected.gradients) {
+                assert_eq!(values(found), values(expected));
+            }
+        }
+        let found = run(2, 14);
+        assert_eq!(values(&found.out), values(&expected.out));
+        assert_eq!(values(&found.lse), values(&expected.lse));
+    }
+
+    #[test]
+    fn kernels_read_any_view_as_they_read_a_copy_of_it() {
+        let device = Device::flex();
+        let mut case = plain(2, 3, 20, 30, Mask::Causal);
+        (case.dtype, case.width) = (DType::F32, 12);
+        let [q, k, v, dout] = case.inputs(&device, DType::F32);
+        let copies = [&q, &k, &v, &dout].map(Tensor::clone);
+        // Permuted, cut out of more, repeated, and backwards.
+        let apart = |x: Tensor<4>| {
+            let data = x.clone().swap_dims(1, 3).into_data();
+            Tensor::<4>::from_data(data, &device).swap_dims(1, 3)
+        };
+        let part = |x: Tensor<4>| {
+            let [b, l, h, w] = x.dims();
+            let larger = Tensor::<4>::zeros([b, l + 2, h + 1, w + 3], &device);
+            let place = s![.., 1..l + 1, 1.., 2..w + 2];
+            larger.slice_assign(place, x).slice(place)
+        };
+        let flipped = |x: Tensor<4>| x.flip([1, 3]).flip([1, 3]);
+        let views = [part(apart(q)), apart(k), flipped(v), part(dout)];
+        let run = |[q, k, v, dout]: [Tensor<4>; 4]| {
+            let (out, lse) = forward(q.clone(), k.clone(), v.clone(), &case.problem);
+            let gradients = backward(q, k, v, out.clone(), lse.clone(), dout, &case.problem);
+            (out, lse, gradients)
+        };
+        let (found, expected) = (run(views), run(copies));
+        assert_eq!(values(&found.0), values(&expected.0));
+        assert_eq!(values(&found.1), values(&expected.1));
+        assert_eq!(values(&found.2.0), values(&expected.2.0));
+        assert_eq!(values(&found.2.1), values(&expected.2.1));
+        assert_eq!(values(&found.2.2), values(&expected.2.2));
+    }
+
+    #[test]
+    fn kernels_are_right_over_many_tiles_of_their_own_sizes() {
+        let device = Device::flex();
+        let documents = Documents::new([100, 130, 400]).unwrap();
+        let within = Within::Causal;
+        let window = NonZeroUsize::new(333).unwrap();
+        for (mask, query_positions, key_positions) in [
+            (Mask::Full, vec![0..401], vec![0..531]),
+            (Mask::Causal, vec![0..130, 400..600], vec![0..300, 350..601]),
+            (Mask::Causal, vec![0..530], vec![0..530]),
+            (Mask::Window { size: window }, vec![0..700], vec![0..700]),
+            (
+                Mask::Packed { documents, within },
+                vec![0..513],
+                vec![300..513, 0..300],
+            ),
+            (
+                Mask::KeyLengths([520, 0].into()),
+                vec![0..300],
+                vec![0..530],
+            ),
+        ] {
+            for (width, value_width) in [(64, 64), (72, 40), (5, 33)] {
+                let mut case = plain(2, 5, 0, 0, mask.clone());
+                (case.problem.query_positions, case.problem.key_positions) =
+                    (query_positions.clone(), key_positions.clone());
+                case.problem.heads = HeadRange {
+                    query: 1..6,
+                    group: 3,
+                };
+                case.problem.scale = 1.0 / (width as f64).sqrt();
+                (case.width, case.value_width) = (width, value_width);
+                let expected = ours(&case, Way::Portable(Blocks::DEFAULT), &device);
+                case.dtype = DType::F32;
+                ours(&case, Way::Best, &device).assert_close(&expected, 1e-5);
+            }
         }
     }
 
@@ -1398,13 +1597,16 @@ mod tests {
     fn dropout_with_probability_0_changes_no_bit() {
         let device = Device::flex();
         let mut case = plain(2, 4, 9, 11, Mask::Causal);
-        let without = ours(&case, case.blocks, &device);
-        case.problem.dropout = Some(Dropout::new(0.0, DropoutKey::default()).unwrap());
-        let with = ours(&case, case.blocks, &device);
-        assert_eq!(values(&with.out), values(&without.out));
-        assert_eq!(values(&with.lse), values(&without.lse));
-        for (a, b) in with.gradients.iter().zip(&without.gradients) {
-            assert_eq!(values(a), values(b));
+        case.dtype = DType::F32;
+        let mut dropping = case.clone();
+        dropping.problem.dropout = Some(Dropout::new(0.0, DropoutKey::default()).unwrap());
+        for way in ways(&case, case.blocks) {
+            let [without, with] = [&case, &dropping].map(|case| ours(case, way, &device));
+            assert_eq!(values(&with.out), values(&without.out));
+            assert_eq!(values(&with.lse), values(&without.lse));
+            for (a, b) in with.gradients.iter().zip(&without.gradients) {
+                assert_eq!(values(a), values(b));
+            }
         }
     }
 

@@ -11,6 +11,8 @@ pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 mod position;
+#[cfg(feature = "flex")]
+mod tiles;
 
 use std::fmt;
 use std::sync::Arc;

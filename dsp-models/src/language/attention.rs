@@ -8,7 +8,6 @@ use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
 use dsp_core::linear::project;
 use dsp_core::session::StageRun;
-use dsp_core::shape::reshape;
 
 use super::config::{LanguageConfig, TOKENS};
 use crate::error::ModelError;
@@ -63,14 +62,7 @@ impl SoftmaxAttention {
             pairs: Pairs::Halves,
         };
         let tables = rotary.tables(&x.positions(TOKENS), x.tensor());
-        let turned = |x: Tensor<5>, layer: &Linear| {
-            let x = project(x, layer);
-            let dims = x.dims();
-            let [batch, length, _, _, width] = dims;
-            let heads = width / self.head_dim;
-            let x = tables.apply(reshape(x, [batch, length, 1, heads, self.head_dim]));
-            reshape(x, dims)
-        };
+        let turned = |x: Tensor<5>, layer: &Linear| tables.apply(project(x, layer));
         let query = x.clone().map(|x| turned(x, &self.q_proj))?;
         let key = x.clone().map(|x| turned(x, &self.k_proj))?;
         let value = x.map(|x| project(x, &self.v_proj))?;

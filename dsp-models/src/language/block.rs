@@ -4,13 +4,14 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
+use dsp_core::fused::swiglu;
 use dsp_core::linear::{project, project_without_bias};
 use dsp_core::session::Stages;
 
 use super::attention::{LinearAttention, SoftmaxAttention};
 use super::config::{LanguageConfig, LayerKind};
 use crate::error::ModelError;
-use crate::layers::{RmsNorm, linear_without_bias, silu};
+use crate::layers::{RmsNorm, linear_without_bias};
 use crate::random::Draws;
 
 /// `down(silu(gate(x)) · up(x))` (Shazeer, arXiv:2002.05202).
@@ -40,8 +41,9 @@ impl SwiGlu {
     /// # Shapes
     /// - `x`: `[…, C]`; returns the same
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let gate = silu(project(x.clone(), &self.gate_proj));
-        project_without_bias(gate * project(x, &self.up_proj), &self.down_proj)
+        let gate = project(x.clone(), &self.gate_proj);
+        let up = project(x, &self.up_proj);
+        project_without_bias(swiglu(gate, up), &self.down_proj)
     }
 }
 

@@ -16,11 +16,12 @@ mod sincos;
 
 pub use activation::{gelu, sigmoid, silu};
 pub use cross_entropy::{Target, cross_entropy};
+pub use dsp_core::fused::Pairs;
 pub(crate) use linear::{bias, buffer, parameter};
 pub use linear::{linear, linear_without_bias};
-pub use mlp::{Mlp, gelu_tanh};
-pub use norm::{LayerNorm, RmsNorm, layer_norm, unit_rms};
-pub use rotary::{Pairs, Rotary, RotaryTables};
+pub use mlp::Mlp;
+pub use norm::{LayerNorm, RmsNorm};
+pub use rotary::{Rotary, RotaryTables};
 pub use sincos::{sin_cos_2d, timestep_features};
 
 /// The same in f32 at least, for what is summed over many elements, such as a loss.

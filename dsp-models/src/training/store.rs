@@ -475,7 +475,9 @@ mod tests {
                 bad[bit / 8] ^= 1 << (bit % 8);
                 fs::write(&file, &bad).unwrap();
                 match store.load(5).unwrap_err() {
-                    StoreError::Damaged { name: found, .. } => assert_eq!(found, name),
+                    StoreError::Damaged { name: found, .. } => {
+                        assert!(found == name || name == SUMS, "{found} instead of {name}");
+                    }
                     // A digest or a name in the list is another one now.
                     StoreError::Sums { .. }
                     | StoreError::Missing { .. }

@@ -6,13 +6,13 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
+use dsp_core::fused::parts;
 use dsp_core::linear::{project, project_without_bias};
 use dsp_core::session::StageRun;
-use dsp_core::shape::reshape;
 
 use super::config::{BlockConfig, TIME};
 use crate::error::ModelError;
-use crate::layers::{RmsNorm, Rotary, bias, linear, narrow};
+use crate::layers::{RmsNorm, Rotary, bias, linear};
 use crate::random::Draws;
 
 /// The epsilon of the norms of queries and keys.
@@ -64,30 +64,20 @@ impl SelfAttention {
         stage: &StageRun<'_>,
     ) -> Result<Shard, ModelError> {
         let x = stage.enter(x)?.map(|x| project(x, &self.qkv))?;
-        let width = x.tensor().dims()[4] / 3;
         let tables = rotary.map(|rotary| rotary.tables(&x.positions(TIME), x.tensor()));
-        let part = |index: usize| {
-            let channels = index * width..(index + 1) * width;
-            x.clone().map(|x| narrow(x, 4, channels))
-        };
-        let prepare = |x: Tensor<5>, norm: &Option<RmsNorm>| {
-            let dims = x.dims();
-            let [batch, s1, s2, s3, width] = dims;
-            let mut x = reshape(
-                x,
-                [batch, s1, s2 * s3, width / self.head_dim, self.head_dim],
-            );
+        let prepare = |mut x: Tensor<5>, norm: &Option<RmsNorm>| {
             if let Some(norm) = norm {
                 x = norm.forward(x);
             }
-            if let Some(tables) = &tables {
-                x = tables.apply(x);
+            match &tables {
+                Some(tables) => tables.apply(x),
+                None => x,
             }
-            reshape(x, dims)
         };
-        let query = part(0)?.map(|query| prepare(query, &self.q_norm))?;
-        let key = part(1)?.map(|key| prepare(key, &self.k_norm))?;
-        let x = stage.attend(query, key, part(2)?)?;
+        let [query, key, value] = x.chunks();
+        let query = query.map(|query| prepare(query, &self.q_norm))?;
+        let key = key.map(|key| prepare(key, &self.k_norm))?;
+        let x = stage.attend(query, key, value)?;
         let x = x.map(|x| project_without_bias(x, &self.proj))?;
         Ok(stage.leave(x, bias(&self.proj))?)
     }
@@ -137,10 +127,7 @@ impl CrossAttention {
         stage: &StageRun<'_>,
     ) -> Result<Shard, ModelError> {
         let query = stage.enter(x)?.map(|x| project(x, &self.q_linear))?;
-        let text_kv = project(text.tokens.clone(), &self.kv_linear);
-        let width = text_kv.dims()[2] / 2;
-        let key = narrow(text_kv.clone(), 2, 0..width);
-        let value = narrow(text_kv, 2, width..2 * width);
+        let [key, value] = parts(project(text.tokens.clone(), &self.kv_linear));
         let x = stage.cross_attend(query, key, value, text.lengths.clone())?;
         let x = x.map(|x| project_without_bias(x, &self.proj))?;
         Ok(stage.leave(x, bias(&self.proj))?)

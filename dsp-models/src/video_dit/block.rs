@@ -9,13 +9,14 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
+use dsp_core::fused::gated_sum;
 use dsp_core::session::Stages;
 
 use super::attention::{CrossAttention, SelfAttention, Text};
 use super::config::{BlockConfig, BlockKind, Init};
-use super::modulation::{ByFrame, modulate};
+use super::modulation::{ByFrame, modulated_norm};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{Mlp, Rotary, bias, layer_norm};
+use crate::layers::{Mlp, Rotary, bias};
 use crate::random::{Draws, Purpose};
 
 /// The epsilon of the layer norms.
@@ -92,9 +93,9 @@ impl Block {
         let [shift, scale, gate, _, _, _] = modulation.rows(&table, &x);
         let h = x
             .clone()
-            .map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
+            .map(|x| modulated_norm(x, shift, scale, NORM_EPSILON))?;
         let h = self.attn.forward(h, rotary, &stage)?;
-        let x = x.map(|x| x + gate * h.into_tensor())?;
+        let x = x.map(|x| gated_sum(x, gate, h.into_tensor()))?;
 
         let stage = stages.cross_attention()?;
         let x = stage.arrange(x)?;
@@ -108,10 +109,10 @@ impl Block {
         let [_, _, _, shift, scale, gate] = modulation.rows(&table, &x);
         let h = x
             .clone()
-            .map(|x| modulate(layer_norm(x, NORM_EPSILON), shift, scale))?;
+            .map(|x| modulated_norm(x, shift, scale, NORM_EPSILON))?;
         let h = stage.enter(h)?.map(|x| self.mlp.forward_without_bias(x))?;
         let h = stage.leave(h, bias(&self.mlp.fc2))?;
-        Ok(x.map(|x| x + gate * h.into_tensor())?)
+        Ok(x.map(|x| gated_sum(x, gate, h.into_tensor()))?)
     }
 }
 

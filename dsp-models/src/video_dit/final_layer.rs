@@ -6,9 +6,9 @@ use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
 
 use super::block::{NORM_EPSILON, modulation_table};
-use super::modulation::{ByFrame, modulate};
+use super::modulation::{ByFrame, modulated_norm};
 use crate::error::ModelError;
-use crate::layers::{layer_norm, linear};
+use crate::layers::linear;
 use crate::random::Draws;
 use dsp_core::linear::project;
 
@@ -43,9 +43,9 @@ impl FinalLayer {
         let table = self.scale_shift_table.val();
         let ([shift, scale], given) = timestep.rows_apart(&table, &x);
         Ok(x.map(|x| {
-            let mut x = modulate(layer_norm(x, NORM_EPSILON), shift, scale);
+            let mut x = modulated_norm(x, shift, scale, NORM_EPSILON);
             if let Some(([shift, scale], mask)) = given {
-                let given = modulate(layer_norm(x.clone(), NORM_EPSILON), shift, scale);
+                let given = modulated_norm(x.clone(), shift, scale, NORM_EPSILON);
                 let inverse = mask.clone().neg().add_scalar(1.0);
                 x = x * mask + given * inverse;
             }

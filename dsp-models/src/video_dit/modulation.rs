@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Tensor, TensorData};
 use dsp_core::Shard;
+use dsp_core::fused::layer_norm;
 
 use super::config::TIME;
 
@@ -111,7 +112,15 @@ fn rows<const ROWS: usize>(vectors: &Tensor<3>, table: &Tensor<2>) -> [Tensor<5>
     })
 }
 
-/// `x·(1 + scale) + shift`.
-pub(crate) fn modulate(x: Tensor<5>, shift: Tensor<5>, scale: Tensor<5>) -> Tensor<5> {
-    x * scale.add_scalar(1.0) + shift
+/// A layer norm, times `1 + scale`, plus `shift`.
+///
+/// # Shapes
+/// - `x`: `[B, T, S, 1, C]`; `shift`, `scale`: `[B, 1 or T, 1, 1, C]`; returns as `x`
+pub(crate) fn modulated_norm(
+    x: Tensor<5>,
+    shift: Tensor<5>,
+    scale: Tensor<5>,
+    epsilon: f64,
+) -> Tensor<5> {
+    layer_norm(x, scale.add_scalar(1.0), shift, epsilon)
 }

@@ -44,12 +44,8 @@ pub struct Attention {
 impl Attention {
     fn forward(&self, x: Shard, stage: &StageRun<'_>) -> Result<Shard, ModelError> {
         let x = stage.enter(x)?.map(|x| project(x, &self.qkv))?;
-        let width = x.tensor().dims()[4] / 3;
-        let part = |index: usize| {
-            x.clone()
-                .map(|x| narrow(x, 4, index * width..(index + 1) * width))
-        };
-        let x = stage.attend(part(0)?, part(1)?, part(2)?)?;
+        let [query, key, value] = x.chunks();
+        let x = stage.attend(query, key, value)?;
         Ok(stage.project(x, &self.proj)?)
     }
 }

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `wire.rs` | what processes tell each other, and which bytes are a message |
 //! | `parcel.rs` | packing a rank's part of an exchange, unpacking what arrived |
+//! | `boxes.rs` | boxes of a tensor, laid end to end or where they belong |
 //! | `progress.rs` | the communication thread: exchanges, deadlines, how a launch fails and ends |
 //! | `lent.rs` | memory that MPI uses while a message is under way |
 //!
@@ -15,6 +16,7 @@
 //! process may be killed or never return. The others' deadlines find it, and a process whose rank goes on
 //! after its launch has failed ends the job with `MPI_Abort`.
 
+mod boxes;
 mod lent;
 mod parcel;
 mod progress;

@@ -11,6 +11,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
+use super::boxes;
 use super::lent::{Incoming, Landing, Outgoing, Steady};
 use super::wire::{Route, route};
 use crate::blocks::{Blocks, DIMS, Transfer};
@@ -166,7 +167,7 @@ fn messages(
     {
         return ranges(route.sent(width), memory.clone());
     }
-    let packed = copy::pack(own, &transfers);
+    let packed = boxes::pack(own, &transfers);
     let Some(packed) = memory(packed) else {
         unreachable!("what has been packed lies end to end");
     };
@@ -229,7 +230,7 @@ fn land(
     places: Vec<Vec<Range<usize>>>,
 ) -> (Vec<Vec<Incoming>>, Arrived) {
     let mut landing = Landing::new(own.dtype().size(), shape.iter().product());
-    copy::lay(own, own_boxes, shape, landing.bytes_mut());
+    boxes::lay(own, own_boxes, shape, landing.bytes_mut());
     let counts: Vec<_> = places.iter().map(Vec::len).collect();
     let (landing, lent) = landing.lend(places.into_iter().flatten().collect());
     let mut lent = lent.into_iter();

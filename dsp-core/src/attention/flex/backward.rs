@@ -1,0 +1,395 @@
+//! The gradients: for each tile of keys the blocks of rows, with the weights recomputed from the logsumexp.
+//!
+//! Five products a tile: scores and the weights' gradients, then what the tile adds to `dv`, `dk` and `dq`. The
+//! sums of `dk` and `dv` belong to the tile of keys and stay in the second cache.
+
+use std::f64::consts::LOG2_E;
+use std::ops::Range;
+
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::forward::padded;
+use super::rows::{Rows, RowsOut};
+use super::visible::Visible;
+use super::{Head, Tiling, numbers, pack};
+use crate::attention::softmax::{Problem, positions_of};
+use crate::simd::{Left, Level, Product, Right, Store, exp2, panel_width};
+
+/// One backward: what is read, and what is written.
+pub(super) struct Backward<'a> {
+    pub(super) level: Level,
+    pub(super) tiling: Tiling,
+    pub(super) problem: &'a Problem,
+    pub(super) keys: usize,
+    pub(super) q: Rows<'a>,
+    pub(super) k: Rows<'a>,
+    pub(super) v: Rows<'a>,
+    pub(super) out: Rows<'a>,
+    pub(super) dout: Rows<'a>,
+    pub(super) lse: Rows<'a>,
+    pub(super) dq: RowsOut<'a>,
+    /// `dk` and `dv` of each chunk of queries.
+    pub(super) sums: Vec<[RowsOut<'a>; 2]>,
+}
+
+/// The queries in as many chunks as make enough parts of the work of so few heads. They depend on the problem
+/// alone, never on the threads, so that sums over them have the same bits on any number of threads.
+pub(super) fn chunks(heads: usize, queries: usize) -> Vec<Range<usize>> {
+    const PARTS: usize = 8;
+    const LEAST: usize = 256;
+    let count = PARTS
+        .div_ceil(heads.max(1))
+        .min(queries.div_ceil(LEAST))
+        .max(1);
+    (0..count)
+        .map(|i| queries * i / count..queries * (i + 1) / count)
+        .collect()
+}
+
+/// What one thread needs for a head; kept from one to the next.
+#[derive(Default)]
+struct Scratch {
+    visible: Visible,
+    k_transposed: Vec<f32>,
+    v_transposed: Vec<f32>,
+    k: Vec<f32>,
+    q_rows: Vec<f32>,
+    q: Vec<f32>,
+    dout_rows: Vec<f32>,
+    dout: Vec<f32>,
+    /// Of each row, the logsumexp to base 2 and `dout · out`.
+    known: Vec<[f32; 2]>,
+    weights: Vec<f32>,
+    scores: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+    dropped: Vec<bool>,
+}
+
+impl Backward<'_> {
+    /// Every chunk of queries of every head by itself.
+    pub(super) fn run(&self, heads: &[Head], chunks: &[Range<usize>]) {
+        (0..heads.len() * chunks.len())
+            .into_par_iter()
+            .for_each_init(Scratch::default, |scratch, index| {
+                let chunk = index % chunks.len();
+                self.level.run(Part {
+                    backward: self,
+                    head: &heads[index / chunks.len()],
+                    queries: chunks[chunk].clone(),
+                    sums: &self.sums[chunk],
+                    scratch,
+                });
+            });
+    }
+}
+
+/// Some queries of a head, with all its query heads, against all keys.
+struct Part<'a> {
+    backward: &'a Backward<'a>,
+    head: &'a Head,
+    queries: Range<usize>,
+    sums: &'a [RowsOut<'a>; 2],
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Part<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            backward,
+            head,
+            queries,
+            sums: [dk_out, dv_out],
+            scratch,
+        } = self;
+        let Backward {
+            tiling,
+            problem,
+            keys,
+            q,
+            v,
+            ..
+        } = backward;
+        let keys = *keys;
+        let (lanes, panel) = (S::F32_LANES, panel_width::<S>());
+        let group = head.query.len();
+        let rows = queries.len() * group;
+        let (width, value_width) = (q.width(), v.width());
+        let [q_row, v_row] = [width, value_width].map(|width| width.next_multiple_of(lanes));
+        let tile = tiling.keys.next_multiple_of(panel);
+        let score_row = padded(tile);
+        let whole_queries = (tiling.rows / group).max(1);
+        let block = whole_queries * group;
+        scratch.pack::<S>(backward, head, &queries);
+        let Scratch {
+            visible,
+            k_transposed,
+            v_transposed,
+            k: packed_k,
+            q_rows,
+            q: packed_q,
+            dout_rows,
+            dout: packed_dout,
+            known,
+            weights,
+            scores,
+            dq,
+            dk,
+            dv,
+            dropped,
+        } = scratch;
+        weights.resize(block * score_row, 0.0);
+        scores.resize(block * score_row, 0.0);
+        dq.clear();
+        dq.resize(rows * q_row, 0.0);
+
+        for first_key in (0..keys).step_by(tile) {
+            let of_tile = first_key..keys.min(first_key + tile);
+            let mut any = false;
+            for first_row in (0..rows).step_by(block) {
+                let of_block = first_row..rows.min(first_row + block);
+                let mut of_queries = of_block.start / group..of_block.end / group;
+                let seen = visible.hull(of_queries.clone(), &of_tile);
+                if seen.is_empty() {
+                    continue;
+                }
+                // Without the queries that see nothing of the tile.
+                let sees = |query: usize| !visible.hull(query..query + 1, &of_tile).is_empty();
+                while !sees(of_queries.start) {
+                    of_queries.start += 1;
+                }
+                while !sees(of_queries.end - 1) {
+                    of_queries.end -= 1;
+                }
+                let (first_row, rows) = (of_queries.start * group, of_queries.len() * group);
+                if !any {
+                    dk.clear();
+                    dk.resize(of_tile.len() * q_row, 0.0);
+                    dv.clear();
+                    dv.resize(of_tile.len() * v_row, 0.0);
+                    any = true;
+                }
+                let start = seen.start / panel * panel;
+                let columns = (seen.end - start).next_multiple_of(lanes);
+                simd.vectorize(Product {
+                    sizes: [rows, columns, width],
+                    left: Left {
+                        data: &q_rows[first_row * q_row..],
+                        row: q_row,
+                        step: 1,
+                    },
+                    right: Right {
+                        data: &k_transposed[start * width..],
+                        panel: width * panel,
+                    },
+                    out: weights,
+                    out_row: score_row,
+                    store: Store::Set,
+                });
+                simd.vectorize(Product {
+                    sizes: [rows, columns, value_width],
+                    left: Left {
+                        data: &dout_rows[first_row * v_row..],
+                        row: v_row,
+                        step: 1,
+                    },
+                    right: Right {
+                        data: &v_transposed[start * value_width..],
+                        panel: value_width * panel,
+                    },
+                    out: scores,
+                    out_row: score_row,
+                    store: Store::Set,
+                });
+                let dropping = problem.dropout.map(|dropout| {
+                    let sample = numbers(&problem.samples, head.sample).next();
+                    let keys = positions_of(&problem.key_positions, start..seen.end);
+                    (dropout, sample.unwrap_or_default(), keys)
+                });
+                for row in 0..rows {
+                    let of_row = row * score_row..row * score_row + columns;
+                    let (weights, scores) = (&mut weights[of_row.clone()], &mut scores[of_row]);
+                    let (query, at) = head.row(&queries, first_row + row);
+                    visible.hide(query, weights, start);
+                    let [lse, delta] = known[first_row + row];
+                    let Some((dropout, sample, keys)) = &dropping else {
+                        differentiate(simd, weights, scores, lse, delta);
+                        continue;
+                    };
+                    dropped.clear();
+                    let query = numbers(&problem.query_positions, at[1]).next();
+                    let of_row = [
+                        *sample,
+                        problem.heads.query.start + at[2],
+                        query.unwrap_or_default(),
+                    ];
+                    dropout.extend(dropped, of_row, keys);
+                    let kept = dropout.scale() as f32;
+                    let drop_out = |row: &mut [f32]| {
+                        for (x, dropped) in row.iter_mut().zip(&*dropped) {
+                            *x = if *dropped { 0.0 } else { *x * kept };
+                        }
+                    };
+                    drop_out(scores);
+                    differentiate(simd, weights, scores, lse, delta);
+                    drop_out(weights);
+                }
+                // The keys of the tile that are seen, of the matrices of weights and of sums.
+                let (in_scores, in_tile) = (seen.start - start, seen.start - first_key);
+                simd.vectorize(Product {
+                    sizes: [seen.len(), value_width, rows],
+                    left: Left {
+                        data: &weights[in_scores..],
+                        row: 1,
+                        step: score_row,
+                    },
+                    right: Right {
+                        data: &packed_dout[first_row * panel..],
+                        panel: known.len() * panel,
+                    },
+                    out: &mut dv[in_tile * v_row..],
+                    out_row: v_row,
+                    store: Store::Add,
+                });
+                simd.vectorize(Product {
+                    sizes: [seen.len(), width, rows],
+                    left: Left {
+                        data: &scores[in_scores..],
+                        row: 1,
+                        step: score_row,
+                    },
+                    right: Right {
+                        data: &packed_q[first_row * panel..],
+                        panel: known.len() * panel,
+                    },
+                    out: &mut dk[in_tile * q_row..],
+                    out_row: q_row,
+                    store: Store::Add,
+                });
+                simd.vectorize(Product {
+                    sizes: [rows, width, seen.len()],
+                    left: Left {
+                        data: &scores[in_scores..],
+                        row: score_row,
+                        step: 1,
+                    },
+                    right: Right {
+                        data: &packed_k[seen.start * panel..],
+                        panel: keys * panel,
+                    },
+                    out: &mut dq[first_row * q_row..],
+                    out_row: q_row,
+                    store: Store::Add,
+                });
+            }
+            if any {
+                for (i, key) in of_tile.enumerate() {
+                    let at = [head.sample, key, head.kv];
+                    // SAFETY: these sums are this chunk's, this part alone has this head of it, and a row of it is
+                    // written once.
+                    let (to_dk, to_dv) = unsafe { (dk_out.row(at), dv_out.row(at)) };
+                    scaled(to_dk, &dk[i * q_row..], problem.scale as f32);
+                    scaled(to_dv, &dv[i * v_row..], 1.0);
+                }
+            }
+        }
+        for row in 0..rows {
+            let (_, at) = head.row(&queries, row);
+            // SAFETY: this part alone has these queries of this head, and a row of them is written once.
+            let to = unsafe { backward.dq.row(at) };
+            scaled(to, &dq[row * q_row..], problem.scale as f32);
+        }
+    }
+}
+
+impl Scratch {
+    #[inline(always)]
+    fn pack<S: Simd>(&mut self, backward: &Backward<'_>, head: &Head, queries: &Range<usize>) {
+        let Backward {
+            problem,
+            keys,
+            q,
+            k,
+            v,
+            out,
+            dout,
+            lse,
+            ..
+        } = backward;
+        let positions = numbers(&problem.query_positions, queries.start).take(queries.len());
+        (self.visible).find(
+            &problem.mask,
+            head.sample,
+            positions,
+            &problem.key_positions,
+        );
+        let of_head = [head.sample, *keys, head.kv];
+        pack::transposed_panels::<S>(&mut self.k_transposed, k, of_head);
+        pack::transposed_panels::<S>(&mut self.v_transposed, v, of_head);
+        let keys_of_head = (0..*keys).map(|key| k.row([head.sample, key, head.kv]));
+        pack::panels::<S>(&mut self.k, keys_of_head, *keys, k.width());
+        let rows = queries.len() * head.query.len();
+        let scale = (problem.scale * LOG2_E) as f32;
+        pack::by_rows::<S>(&mut self.q_rows, head.rows(q, queries), q.width(), scale);
+        pack::panels::<S>(&mut self.q, head.rows(q, queries), rows, q.width());
+        pack::by_rows::<S>(
+            &mut self.dout_rows,
+            head.rows(dout, queries),
+            v.width(),
+            1.0,
+        );
+        pack::panels::<S>(&mut self.dout, head.rows(dout, queries), rows, v.width());
+        self.known.clear();
+        let results = head.rows(out, queries).zip(head.rows(dout, queries));
+        for (lse, (out, dout)) in head.rows(lse, queries).zip(results) {
+            // The weights of a row that saw nothing are 2^−∞.
+            let lse = match lse[0] == f32::NEG_INFINITY {
+                true => f32::INFINITY,
+                false => lse[0] * LOG2_E as f32,
+            };
+            self.known.push([lse, dot(out, dout)]);
+        }
+    }
+}
+
+/// Scores become weights, and the weights' gradients those of the scores: `p = 2^(s − lse)`, `ds = p (dp − δ)`.
+#[inline(always)]
+fn differentiate<S: Simd>(
+    simd: S,
+    scores: &mut [f32],
+    gradients: &mut [f32],
+    lse: f32,
+    delta: f32,
+) {
+    let (scores, _) = S::as_mut_simd_f32s(scores);
+    let (gradients, _) = S::as_mut_simd_f32s(gradients);
+    let (lse, delta) = (simd.splat_f32s(lse), simd.splat_f32s(delta));
+    for (score, gradient) in scores.iter_mut().zip(gradients) {
+        *score = exp2(simd, simd.sub_f32s(*score, lse));
+        *gradient = simd.mul_f32s(*score, simd.sub_f32s(*gradient, delta));
+    }
+}
+
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    // Eight sums side by side, which any processor adds at once.
+    let mut sums = [0.0; 8];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
+}
+
+#[inline(always)]
+fn scaled(to: &mut [f32], from: &[f32], factor: f32) {
+    to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
+}

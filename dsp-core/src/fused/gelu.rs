@@ -1,0 +1,128 @@
+//! The tanh form of GELU.
+
+use std::convert::Infallible;
+use std::f64::consts::{FRAC_2_SQRT_PI, SQRT_2};
+
+use burn::tensor::Tensor;
+
+use crate::vjp::attach1;
+
+/// `2·√(2/π)`: the form's tanh is that of a logistic function at twice its argument.
+const SLOPE: f64 = 2.0 * FRAC_2_SQRT_PI / SQRT_2;
+/// `2·√(2/π)·0.044715`.
+const CUBIC: f64 = SLOPE * 0.044715;
+
+/// `½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))` (Hendrycks and Gimpel, arXiv:1606.08415).
+///
+/// # Shapes
+/// - `x`: any; returns the same
+///
+/// # Gradient
+/// Its own, from `x` alone: nothing of the forward pass is kept but `x`.
+pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let inner = x.clone().inner();
+    let y = forward(inner.clone());
+    attach1(x, y, move |gradient: Tensor<D>| {
+        Ok::<_, Infallible>(backward(inner.clone(), gradient))
+    })
+}
+
+fn forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if let Some(native) = super::rows::native(&x) {
+        use super::rows::Native;
+        return match native {
+            Native::F32 => flex::forward::<f32, D>(x),
+            Native::F64 => flex::forward::<f64, D>(x),
+        };
+    }
+    portable_forward(x)
+}
+
+fn backward<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if let Some(native) = super::rows::native(&x) {
+        use super::rows::Native;
+        return match native {
+            Native::F32 => flex::backward::<f32, D>(x, gradient),
+            Native::F64 => flex::backward::<f64, D>(x, gradient),
+        };
+    }
+    portable_backward(x, gradient)
+}
+
+/// `½(1 + tanh)` and `x²`.
+fn below<const D: usize>(x: &Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+    let square = x.clone() * x.clone();
+    let argument = square
+        .clone()
+        .mul_scalar(CUBIC / 2.0)
+        .add_scalar(SLOPE / 2.0)
+        * x.clone();
+    (argument.tanh().add_scalar(1.0).mul_scalar(0.5), square)
+}
+
+pub(super) fn portable_forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    below(&x).0 * x
+}
+
+pub(super) fn portable_backward<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<D> {
+    // With s = ½(1 + tanh): s + x·s·(1 − s)·(the derivative of s's argument).
+    let (s, square) = below(&x);
+    let argument = square.mul_scalar(3.0 * CUBIC).add_scalar(SLOPE);
+    let change = s.clone() * s.clone().neg().add_scalar(1.0) * argument * x;
+    gradient * (s + change)
+}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use burn::tensor::Tensor;
+
+    use super::super::real::{Real, vectorised};
+    use super::super::rows::{Owned, Rows, blocks};
+    use super::{CUBIC, SLOPE};
+
+    pub(super) fn forward<E: Real, const D: usize>(x: Tensor<D>) -> Tensor<D> {
+        let mut y = Owned::<E>::zeros(&x.dims());
+        let x = Rows::<E>::of(x);
+        let (width, slope, cubic) = (x.width(), E::of(SLOPE), E::of(CUBIC));
+        blocks(y.values(), width, |first, block| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, y) in block.chunks_exact_mut(width).enumerate() {
+                        for (y, &x) in y.iter_mut().zip(x.row(first + row)) {
+                            *y = x * ((slope + cubic * (x * x)) * x).logistic();
+                        }
+                    }
+                },
+            );
+        });
+        y.into_tensor()
+    }
+
+    pub(super) fn backward<E: Real, const D: usize>(
+        x: Tensor<D>,
+        gradient: Tensor<D>,
+    ) -> Tensor<D> {
+        let mut gradient = Owned::<E>::of(gradient);
+        let x = Rows::<E>::of(x);
+        let (width, slope, cubic, three) = (x.width(), E::of(SLOPE), E::of(CUBIC), E::of(3.0));
+        blocks(gradient.values(), width, |first, block| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, g) in block.chunks_exact_mut(width).enumerate() {
+                        for (g, &x) in g.iter_mut().zip(x.row(first + row)) {
+                            let square = cubic * (x * x);
+                            let s = ((slope + square) * x).logistic();
+                            let change = s * (E::ONE - s) * (slope + three * square) * x;
+                            *g *= s + change;
+                        }
+                    }
+                },
+            );
+        });
+        gradient.into_tensor()
+    }
+}

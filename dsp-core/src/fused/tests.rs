@@ -1,0 +1,416 @@
+//! Every operation against the same formula in Burn's own operations under its autodiff: the loops and the portable
+//! expressions, values and the gradients of all inputs, whatever strides the inputs have.
+
+use burn::tensor::{DType, Device, Tensor, TensorData, activation};
+use proptest::prelude::*;
+
+use super::*;
+use crate::shape::reshape;
+
+/// Of the norms: large enough that a row of nearly equal values does not make rounding errors large.
+const EPSILON: f64 = 0.1;
+
+/// A value in [-1, 1) for each pair of numbers, without any generator's state.
+fn noise(seed: u64, index: usize) -> f64 {
+    let z = ((seed << 32) | index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    ((z ^ (z >> 29)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+}
+
+/// How an input lies in memory.
+#[derive(Debug, Clone, Copy)]
+enum Lies {
+    EndToEnd,
+    /// Its first two dims swapped.
+    Permuted,
+    /// Its last two dims swapped: no row lies end to end.
+    Transposed,
+    /// A part of wider rows.
+    Part,
+}
+
+fn drawn<const D: usize>(shape: [usize; D], seed: u64, dtype: DType, lies: Lies) -> Tensor<D> {
+    let mut held = shape;
+    match lies {
+        Lies::EndToEnd => {}
+        Lies::Permuted => held.swap(0, 1),
+        Lies::Transposed => held.swap(D - 2, D - 1),
+        Lies::Part => held[D - 1] += 3,
+    }
+    let values: Vec<f64> = (0..held.iter().product())
+        .map(|index| 2.0 * noise(seed, index))
+        .collect();
+    let x = Tensor::<D>::from_data(TensorData::new(values, held), (&Device::flex(), dtype));
+    if shape.contains(&0) {
+        return Tensor::zeros(shape, (&Device::flex(), dtype));
+    }
+    match lies {
+        Lies::EndToEnd => x,
+        Lies::Permuted => x.swap_dims(0, 1),
+        Lies::Transposed => x.swap_dims(D - 2, D - 1),
+        Lies::Part => x.narrow(D - 1, 2, shape[D - 1]),
+    }
+}
+
+fn values<const D: usize>(x: &Tensor<D>) -> Vec<f64> {
+    x.to_data().iter::<f64>().collect()
+}
+
+#[track_caller]
+fn assert_close<const D: usize>(what: &str, found: &Tensor<D>, expected: &Tensor<D>) {
+    assert_eq!(found.dims(), expected.dims(), "{what}");
+    assert_eq!(found.dtype(), expected.dtype(), "{what}");
+    // Relative to the largest value: sums over positions grow with their number.
+    let tolerance = match found.dtype() {
+        DType::F64 => 1e-10,
+        _ => 1e-5,
+    };
+    let (found, expected) = (values(found), values(expected));
+    let largest = expected.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
+    for (found, expected) in found.into_iter().zip(expected) {
+        let error = (found - expected).abs() / largest;
+        assert!(error <= tolerance, "{what}: {found} instead of {expected}");
+    }
+}
+
+/// The output, and the gradients of all inputs for a cotangent without a pattern.
+fn differentiated<const N: usize, const D: usize>(
+    inputs: &[Tensor<D>; N],
+    function: impl Fn([Tensor<D>; N]) -> Tensor<D>,
+    lies: Lies,
+) -> (Tensor<D>, [Tensor<D>; N]) {
+    let leaves = inputs.clone().map(|input| input.autodiff().require_grad());
+    let y = function(leaves.clone());
+    let cotangent = drawn(y.dims(), 77, y.dtype(), lies).autodiff();
+    let gradients = (y.clone() * cotangent).sum().backward();
+    (y.inner(), leaves.map(|leaf| leaf.grad(&gradients).unwrap()))
+}
+
+/// Holds an operation to a formula, by Burn's autodiff of it.
+#[track_caller]
+fn check<const N: usize, const D: usize>(
+    inputs: &[Tensor<D>; N],
+    operation: impl Fn([Tensor<D>; N]) -> Tensor<D>,
+    formula: impl Fn([Tensor<D>; N]) -> Tensor<D>,
+    lies: Lies,
+) {
+    let (found, gradients) = differentiated(inputs, operation, lies);
+    let (expected, expected_gradients) = differentiated(inputs, formula, lies);
+    assert_close("the output", &found, &expected);
+    for (index, pair) in gradients.iter().zip(&expected_gradients).enumerate() {
+        assert_close(&format!("gradient {index}"), pair.0, pair.1);
+    }
+}
+
+/// Not `mean_dim`: its backward rounds its factor to f32.
+fn mean<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let count = x.dims()[D - 1] as f64;
+    x.sum_dim(D - 1).mul_scalar(1.0 / count)
+}
+
+fn layer_norm_formula<const D: usize>([x, weight, bias]: [Tensor<D>; 3]) -> Tensor<D> {
+    let centred = x.clone() - mean(x);
+    let variance = mean(centred.clone() * centred.clone());
+    centred / variance.add_scalar(EPSILON).sqrt() * weight + bias
+}
+
+fn rms_norm_formula([x, weight]: [Tensor<4>; 2]) -> Tensor<4> {
+    let (dims, length) = (x.dims(), weight.dims()[3]);
+    let x: Tensor<4> = reshape(x, [dims[0] * dims[1], dims[2], dims[3] / length, length]);
+    let square = mean(x.clone() * x.clone());
+    reshape(x / square.add_scalar(EPSILON).sqrt() * weight, dims)
+}
+
+fn gelu_formula([x]: [Tensor<4>; 1]) -> Tensor<4> {
+    let cube = x.clone() * x.clone() * x.clone();
+    let argument =
+        (x.clone() + cube.mul_scalar(0.044715)).mul_scalar((2.0 / std::f64::consts::PI).sqrt());
+    x * argument.tanh().add_scalar(1.0).mul_scalar(0.5)
+}
+
+fn swiglu_formula([gate, up]: [Tensor<4>; 2]) -> Tensor<4> {
+    gate.clone() * activation::sigmoid(gate) * up
+}
+
+fn lies() -> impl Strategy<Value = Lies> {
+    prop_oneof![
+        Just(Lies::EndToEnd),
+        Just(Lies::Permuted),
+        Just(Lies::Transposed),
+        Just(Lies::Part)
+    ]
+}
+
+fn dtypes() -> impl Strategy<Value = DType> {
+    prop_oneof![Just(DType::F64), Just(DType::F32)]
+}
+
+fn shapes(widths: impl Strategy<Value = usize>) -> impl Strategy<Value = [usize; 4]> {
+    (1usize..4, 1usize..4, 1usize..6, widths).prop_map(|(a, b, c, width)| [a, b, c, width])
+}
+
+/// Which dims of a tensor have vectors of their own; the third choice, which no loop serves, takes the portable way.
+fn vectors(shape: [usize; 4], own: usize) -> [usize; 4] {
+    let [a, b, _, width] = shape;
+    match own {
+        0 => [1, 1, 1, width],
+        1 => [a, 1, 1, width],
+        2 => [1, b, 1, width],
+        _ => [a, b, 1, width],
+    }
+}
+
+proptest! {
+    #[test]
+    fn layer_norm_is_its_formula(
+        shape in shapes(2usize..40), own in 0usize..4, dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let vectors = vectors(shape, own);
+        let inputs = [
+            drawn(shape, seed, dtype, lies),
+            drawn(vectors, seed + 1, dtype, Lies::EndToEnd),
+            drawn(vectors, seed + 2, dtype, Lies::EndToEnd),
+        ];
+        let operation = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm(x, weight, bias, EPSILON);
+        check(&inputs, operation, layer_norm_formula, lies);
+        let portable = |[x, weight, bias]: [Tensor<4>; 3]| layer_norm::through([x, weight, bias], EPSILON, None);
+        check(&inputs, portable, layer_norm_formula, lies);
+    }
+
+    #[test]
+    fn rms_norm_is_its_formula_for_each_run(
+        (shape, length) in (1usize..12, 1usize..5).prop_flat_map(|(length, runs)| (shapes(Just(length * runs)), Just(length))),
+        dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let inputs = [drawn(shape, seed, dtype, lies), drawn([1, 1, 1, length], seed + 1, dtype, Lies::EndToEnd)];
+        let operation = |[x, weight]: [Tensor<4>; 2]| rms_norm(x, reshape(weight, [length]), EPSILON);
+        check(&inputs, operation, rms_norm_formula, lies);
+        let [x, weight] = inputs.clone();
+        let weight = reshape(weight, [length]);
+        let (expected, [dx, dweight]) = differentiated(&inputs, rms_norm_formula, lies);
+        assert_close("the output", &rms_norm::portable_forward(x.clone(), weight.clone(), EPSILON), &expected);
+        let cotangent = drawn(shape, 77, dtype, lies);
+        let (found, found_weight) = rms_norm::portable_backward([x, cotangent], weight, EPSILON);
+        assert_close("gradient 0", &found, &dx);
+        assert_close("gradient 1", &reshape(found_weight, [1, 1, 1, length]), &dweight);
+    }
+
+    #[test]
+    fn a_gated_sum_is_its_formula(
+        shape in shapes(1usize..40), own in 0usize..4, dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let inputs = [
+            drawn(shape, seed, dtype, lies),
+            drawn(vectors(shape, own), seed + 1, dtype, Lies::EndToEnd),
+            drawn(shape, seed + 2, dtype, lies),
+        ];
+        check(&inputs, |[x, gate, h]| gated_sum(x, gate, h), |[x, gate, h]| x + gate * h, lies);
+    }
+
+    #[test]
+    fn gelu_is_its_formula(shape in shapes(1usize..40), dtype in dtypes(), lies in lies(), seed in 0u64..1000) {
+        let inputs = [drawn(shape, seed, dtype, lies).mul_scalar(4.0)];
+        check(&inputs, |[x]| gelu_tanh(x), gelu_formula, lies);
+        let (expected, [dx]) = differentiated(&inputs, gelu_formula, lies);
+        let [x] = inputs;
+        assert_close("the output", &gelu::portable_forward(x.clone()), &expected);
+        let cotangent = drawn(shape, 77, dtype, lies);
+        assert_close("gradient", &gelu::portable_backward(x, cotangent), &dx);
+    }
+
+    #[test]
+    fn swiglu_is_its_formula(shape in shapes(1usize..40), dtype in dtypes(), lies in lies(), seed in 0u64..1000) {
+        let inputs = [drawn(shape, seed, dtype, lies).mul_scalar(4.0), drawn(shape, seed + 1, dtype, lies)];
+        check(&inputs, |[gate, up]| swiglu(gate, up), swiglu_formula, lies);
+        let (expected, gradients) = differentiated(&inputs, swiglu_formula, lies);
+        assert_close("the output", &swiglu::portable_forward(inputs.clone()), &expected);
+        let found = swiglu::portable_backward(inputs, drawn(shape, 77, dtype, lies));
+        for (found, expected) in found.iter().zip(&gradients) {
+            assert_close("a gradient", found, expected);
+        }
+    }
+
+    #[test]
+    fn rotary_embedding_turns_each_pair_and_its_gradient_back(
+        (batch, positions, n1, n2) in (1usize..3, 1usize..5, 1usize..3, 1usize..3),
+        (heads, half) in (1usize..4, 1usize..7), interleaved: bool,
+        dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let pairs = if interleaved { Pairs::Interleaved } else { Pairs::Halves };
+        let angles = |function: fn(f64) -> f64| {
+            let values: Vec<f64> = (0..positions * half).map(|i| function(3.0 * noise(5, i))).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [positions, half]), (&Device::flex(), dtype))
+        };
+        let angles = Angles { cos: angles(f64::cos), sin: angles(f64::sin) };
+        let inputs = [drawn([batch, positions, n1, n2, heads * 2 * half], seed, dtype, lies)];
+        let formula = |[x]: [Tensor<5>; 1]| {
+            // A matrix that puts (−b, a) where (a, b) is.
+            let width = heads * 2 * half;
+            let mut turn = vec![0.0; width * width];
+            let mut spread = |table: &Tensor<2>| -> Tensor<5> {
+                let held = values(table);
+                let mut all = vec![0.0; positions * width];
+                for channel in 0..width {
+                    let within = channel % (2 * half);
+                    let (pair, partner, sign) = match pairs {
+                        Pairs::Interleaved if within % 2 == 0 => (within / 2, channel + 1, 1.0),
+                        Pairs::Interleaved => (within / 2, channel - 1, -1.0),
+                        Pairs::Halves if within < half => (within, channel + half, 1.0),
+                        Pairs::Halves => (within - half, channel - half, -1.0),
+                    };
+                    turn[channel * width + partner] = sign;
+                    for position in 0..positions {
+                        all[position * width + channel] = held[position * half + pair];
+                    }
+                }
+                let data = TensorData::new(all, [1, positions, 1, 1, width]);
+                Tensor::<5>::from_data(data, (&Device::flex(), dtype)).autodiff()
+            };
+            let (cos, sin) = (spread(&angles.cos), spread(&angles.sin));
+            let turn = TensorData::new(turn, [1, 1, 1, width, width]);
+            let turn = Tensor::<5>::from_data(turn, (&Device::flex(), dtype)).autodiff();
+            x.clone() * cos + x.matmul(turn) * sin
+        };
+        check(&inputs, |[x]| rotary(x, angles.clone(), pairs), formula, lies);
+        let [x] = inputs.clone();
+        let (expected, _) = differentiated(&inputs, formula, lies);
+        assert_close("the output", &rotary::portable(x, &angles, pairs), &expected);
+    }
+
+    #[test]
+    fn parts_are_slices_and_their_gradients_lie_side_by_side(
+        shape in shapes((1usize..7).prop_map(|width| 3 * width)), used in 1usize..8,
+        dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let width = shape[3] / 3;
+        let inputs = [drawn(shape, seed, dtype, lies)];
+        // Some parts may lead to no loss; those that do, each in its own way.
+        let sum = |parts: [Tensor<4>; 3]| {
+            let mut index = 0.0;
+            let terms = parts.map(|part| {
+                index += 1.0;
+                (part.clone() * part).mul_scalar(index)
+            });
+            let mut chosen = terms.into_iter().enumerate().filter(|(part, _)| used >> part & 1 == 1);
+            let first = chosen.next().unwrap().1;
+            chosen.fold(first, |sum, (_, term)| sum + term)
+        };
+        let formula = |[x]: [Tensor<4>; 1]| sum([0, 1, 2].map(|part| x.clone().narrow(3, part * width, width)));
+        check(&inputs, |[x]| sum(parts::<3, 4>(x)), formula, lies);
+        let [x] = inputs;
+        let slices = [0, 1, 2].map(|part| x.clone().narrow(3, part * width, width));
+        assert_close("side by side", &parts::portable(slices), &x);
+    }
+}
+
+/// Every operation on tensors of many blocks, or of none.
+fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
+    let [a, _, _, width] = shape;
+    let draw = |shape, seed| drawn::<4>(shape, seed, dtype, Lies::EndToEnd);
+    let (x, h) = (draw(shape, 1), draw(shape, 2));
+    let (w, b) = (draw([a, 1, 1, width], 3), draw([a, 1, 1, width], 4));
+    let run = draw([1, 1, 1, width / 2], 5);
+    let mut found = vec![];
+    let mut add = |(y, gradients): (Tensor<4>, Vec<Tensor<4>>)| {
+        found.push(y);
+        found.extend(gradients);
+    };
+    let lies = Lies::EndToEnd;
+    let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 3])| (y, gradients.to_vec());
+    add(of(differentiated(
+        &[x.clone(), w.clone(), b],
+        |[x, w, b]| layer_norm(x, w, b, EPSILON),
+        lies,
+    )));
+    add(of(differentiated(
+        &[x.clone(), w, h.clone()],
+        |[x, w, h]| gated_sum(x, w, h),
+        lies,
+    )));
+    let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 2])| (y, gradients.to_vec());
+    let norm = |[x, run]: [Tensor<4>; 2]| rms_norm(x, reshape(run, [width / 2]), EPSILON);
+    add(of(differentiated(&[x.clone(), run], norm, lies)));
+    add(of(differentiated(
+        &[x.clone(), h],
+        |[x, h]| swiglu(x, h),
+        lies,
+    )));
+    let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 1])| (y, gradients.to_vec());
+    add(of(differentiated(&[x.clone()], |[x]| gelu_tanh(x), lies)));
+    add(of(differentiated(
+        &[x],
+        |[x]| {
+            let [a, b] = parts(x);
+            a * b
+        },
+        lies,
+    )));
+    found
+}
+
+#[test]
+fn blocks_on_any_number_of_threads_give_the_same_bits() {
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| all([2, 30, 40, 64], DType::F32))
+    };
+    for (one, three) in on(1).iter().zip(&on(3)) {
+        let bits = |x: &Tensor<4>| values(x).into_iter().map(f64::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(one), bits(three));
+    }
+}
+
+#[test]
+fn an_empty_block_has_an_empty_output_gradients_of_0_and_stays_in_the_graph() {
+    for shape in [[2, 0, 3, 8], [0, 2, 3, 8]] {
+        for dtype in [DType::F32, DType::F64] {
+            for tensor in all(shape, dtype) {
+                assert!(values(&tensor).into_iter().all(|value| value == 0.0));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_input_that_is_held_elsewhere_keeps_its_values() {
+    let x = drawn([1, 2, 3, 4], 1, DType::F32, Lies::EndToEnd);
+    let before = values(&x);
+    let gate = drawn([1, 1, 1, 4], 2, DType::F32, Lies::EndToEnd);
+    let _ = gated_sum(x.clone(), gate, x.clone());
+    assert_eq!(values(&x), before);
+    // The gradient of a sum goes to both terms: what one does to it must not reach the other.
+    let leaf = x.autodiff().require_grad();
+    let y = gelu_tanh(leaf.clone()) + leaf.clone();
+    let gradients = y.sum().backward();
+    let without = gelu_tanh(leaf.clone()).sum().backward();
+    let expected = leaf.grad(&without).unwrap().add_scalar(1.0);
+    assert_close("the gradient", &leaf.grad(&gradients).unwrap(), &expected);
+}
+
+/// Of 4096 ones and a half's precision: what sums in it is stuck at 256, and a mean of its squares is off.
+#[test]
+fn norms_and_sums_of_half_precision_are_taken_in_single_and_rounded_once() {
+    let cast = |x: Tensor<4>| x.cast(DType::BF16);
+    let single = |shape, seed| drawn::<4>(shape, seed, DType::F32, Lies::EndToEnd);
+    let [x, w, b] =
+        [[1, 64, 8, 64], [1, 1, 1, 64], [1, 1, 1, 64]].map(|shape| cast(single(shape, 3)));
+    let norm = |[x, w, b]: [Tensor<4>; 3]| layer_norm(x, w, b, EPSILON);
+    let half = [x, w, b];
+    let wide = half.clone().map(|input| input.cast(DType::F32));
+    let (y, gradients) = differentiated(&half, norm, Lies::EndToEnd);
+    let cotangent = cast(drawn([1, 64, 8, 64], 77, DType::F32, Lies::EndToEnd)).cast(DType::F32);
+    let leaves = wide.map(|input| input.autodiff().require_grad());
+    let expected = norm(leaves.clone());
+    let walked = (expected.clone() * cotangent.autodiff()).sum().backward();
+    let expected_gradients = leaves.map(|leaf| leaf.grad(&walked).unwrap());
+    let pairs = gradients.into_iter().zip(expected_gradients);
+    for (found, expected) in pairs.chain([(y, expected.inner())]) {
+        assert_eq!(found.dtype(), DType::BF16);
+        for (found, expected) in values(&found).into_iter().zip(values(&expected)) {
+            assert!(
+                (found - expected).abs() <= expected.abs() / 128.0 + 1e-6,
+                "{found} instead of {expected}"
+            );
+        }
+    }
+}
