@@ -159,6 +159,16 @@ fn merged_blocks_linear_attention_and_whole_models_are_met_but_where_a_strategy_
     }
 }
 
+#[test]
+fn three_steps_of_training_are_pytorchs_under_every_strategy() {
+    for name in ["llama_train_adamw", "llama_train_adam"] {
+        let path = fixture(&format!("dsp-models/tests/fixtures/{name}.safetensors"));
+        assert_met(&path, |_, strategy, ranks| {
+            softmax_refusal(strategy, 1, 8, ranks)
+        });
+    }
+}
+
 /// A copy of the attention file with its tensors and metadata changed.
 fn changed(
     folder: &Path,
