@@ -33,6 +33,8 @@ pub mod chunks;
 mod dropout;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+mod gpu;
 pub mod heads;
 mod kernel;
 pub mod linear;

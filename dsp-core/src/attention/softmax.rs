@@ -230,7 +230,7 @@ impl Blocks {
 /// How attention is computed.
 #[derive(Debug, Clone, Copy)]
 enum Way {
-    /// By the kernels of [`super::flex`] where there are some for the tensors, else portably.
+    /// By the kernels of [`super::flex`], or of `gpu`, where there are some for the tensors, else portably.
     Best,
     /// With Burn's operations, in such blocks.
     #[cfg_attr(not(test), expect(dead_code, reason = "the oracle of the tests"))]
@@ -250,6 +250,10 @@ impl Way {
     ) -> (Tensor<4>, Tensor<3>) {
         match self {
             Self::Best => {
+                #[cfg(any(feature = "cuda", feature = "wgpu"))]
+                if let Some(results) = super::gpu::forward(&q, &k, &v, problem) {
+                    return results;
+                }
                 #[cfg(feature = "flex")]
                 if let Some(results) = super::flex::forward(&q, &k, &v, problem) {
                     return results;
@@ -275,10 +279,14 @@ impl Way {
         dout: Tensor<4>,
         problem: &Problem,
     ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
-        #[cfg(feature = "flex")]
+        #[cfg(any(feature = "cuda", feature = "wgpu", feature = "flex"))]
         let tensors = [&q, &k, &v, &out, &dout];
         match self {
             Self::Best => {
+                #[cfg(any(feature = "cuda", feature = "wgpu"))]
+                if let Some([dq, dk, dv]) = super::gpu::backward(tensors, &lse, problem) {
+                    return (dq, dk, dv);
+                }
                 #[cfg(feature = "flex")]
                 if let Some([dq, dk, dv]) = super::flex::backward(tensors, &lse, problem) {
                     return (dq, dk, dv);

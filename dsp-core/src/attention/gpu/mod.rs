@@ -1,0 +1,306 @@
+//! Softmax attention as fused kernels on a GPU: CUDA, Vulkan, Metal and WebGPU through CubeCL.
+//!
+//! The same functions as [`super::softmax`]'s portable ones, which are what the tests hold them to and what
+//! runs where these do not: with dropout, in f64, for heads too wide for the device's shared memory. Scores
+//! never leave a cube's registers and shared memory, and inputs of 16 bits are computed with and summed in f32.
+//!
+//! `kernels` computes, `rules` says which pairs are visible; here is the choice of the tile and the launch.
+
+mod kernels;
+mod rules;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
+use burn::backend::Cube;
+use burn::tensor::{DType, Shape, Tensor};
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{
+    CubeDevice,
+    cubecl::{CubeCount, CubeDim, client::Client, prelude::BufferArg},
+};
+
+use super::Problem;
+use super::softmax::Sizes;
+use kernels::{SizesLaunch, Tile, UNITS};
+
+/// Numbers in a buffer: indices of 32 bits reach so far.
+const LONGEST: usize = i32::MAX as usize;
+
+/// Cubes along the first dim of a launch, within every device's limit.
+const CUBES: usize = 1 << 15;
+
+/// [`super::forward`] as a kernel, or nothing where that must take the portable way.
+///
+/// The logsumexp of 16-bit inputs is in f32.
+pub(super) fn forward(
+    q: &Tensor<4>,
+    k: &Tensor<4>,
+    v: &Tensor<4>,
+    problem: &Problem,
+) -> Option<(Tensor<4>, Tensor<3>)> {
+    let launch = Launch::of(q, k, v, problem, Pass::Forward)?;
+    let [q, k, v] = [q, k, v].map(primitive);
+    let (q, k, v) = (q?, k?, v?);
+    let [batch, queries, heads, _] = launch.q;
+    let element = q.dtype;
+    let out = launch.empty([batch, queries, heads, launch.tile.value_width], element);
+    let lse = launch.empty([batch, queries, heads], DType::F32);
+    let cubes = queries.div_ceil(launch.tile.queries) * heads * batch;
+    // SAFETY: the buffers have the lengths that `launch.sizes` says, and every index of the kernel is guarded
+    // by those; the shared memory was held to the device's limit.
+    unsafe {
+        kernels::attend::launch_unchecked(
+            &launch.client,
+            grid(cubes),
+            CubeDim::new_2d(UNITS as u32, UNITS as u32),
+            q.into_buffer_arg(),
+            k.into_buffer_arg(),
+            v.into_buffer_arg(),
+            launch.rules(),
+            out.clone().into_buffer_arg(),
+            lse.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            f32::NEG_INFINITY,
+            launch.tile,
+            element_of(element),
+        );
+    }
+    Some((tensor(out), tensor(lse)))
+}
+
+/// [`super::backward`] as kernels, or nothing where that must take the portable way.
+pub(super) fn backward(
+    [q, k, v, out, dout]: [&Tensor<4>; 5],
+    lse: &Tensor<3>,
+    problem: &Problem,
+) -> Option<[Tensor<4>; 3]> {
+    Sizes::of(q, k, v, problem).check_results(out, lse, dout);
+    let queries_launch = Launch::of(q, k, v, problem, Pass::Queries)?;
+    let keys_launch = Launch::of(q, k, v, problem, Pass::KeysAndValues)?;
+    if dout.dtype() != q.dtype() {
+        return None;
+    }
+    let wide = |x: &Tensor<4>| x.clone().cast(DType::F32);
+    // dout · out, which is Σ_j p_ij dp_ij: the softmax's own derivative.
+    let delta: Tensor<4> = (wide(dout) * wide(out)).sum_dim(3);
+    let delta = primitive(&delta)?;
+    let lse = primitive(&lse.clone().cast(DType::F32).unsqueeze_dim::<4>(3))?;
+    let (q_shape, k_shape, v_shape) = (q.dims(), k.dims(), v.dims());
+    let [q, k, v, dout] = [q, k, v, dout].map(primitive);
+    let (q, k, v, dout) = (q?, k?, v?, dout?);
+    let element = q.dtype;
+    let launch = queries_launch;
+    let [batch, queries, heads, _] = q_shape;
+    let dq = launch.empty(q_shape, element);
+    let cubes = queries.div_ceil(launch.tile.queries) * heads * batch;
+    // SAFETY: as in `forward`.
+    unsafe {
+        kernels::query_gradient::launch_unchecked(
+            &launch.client,
+            grid(cubes),
+            CubeDim::new_2d(UNITS as u32, UNITS as u32),
+            q.clone().into_buffer_arg(),
+            k.clone().into_buffer_arg(),
+            v.clone().into_buffer_arg(),
+            dout.clone().into_buffer_arg(),
+            lse.clone().into_buffer_arg(),
+            delta.clone().into_buffer_arg(),
+            launch.rules(),
+            dq.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            launch.tile,
+            element_of(element),
+        );
+    }
+    let launch = keys_launch;
+    let [batch, keys, kv_heads, _] = k_shape;
+    let dk = launch.empty(k_shape, element);
+    let dv = launch.empty(v_shape, element);
+    let cubes = keys.div_ceil(launch.tile.keys) * kv_heads * batch;
+    // SAFETY: as in `forward`.
+    unsafe {
+        kernels::key_value_gradients::launch_unchecked(
+            &launch.client,
+            grid(cubes),
+            CubeDim::new_2d(UNITS as u32, UNITS as u32),
+            q.into_buffer_arg(),
+            k.into_buffer_arg(),
+            v.into_buffer_arg(),
+            dout.into_buffer_arg(),
+            lse.into_buffer_arg(),
+            delta.into_buffer_arg(),
+            launch.rules(),
+            dk.clone().into_buffer_arg(),
+            dv.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            launch.tile,
+            element_of(element),
+        );
+    }
+    Some([dq, dk, dv].map(tensor))
+}
+
+/// Which kernel is launched: they hold different things in shared memory.
+#[derive(Debug, Clone, Copy)]
+enum Pass {
+    Forward,
+    Queries,
+    KeysAndValues,
+}
+
+/// What every launch of a problem needs.
+struct Launch<'a> {
+    client: Client,
+    device: CubeDevice,
+    tile: Tile,
+    rules: rules::Rules,
+    problem: &'a Problem,
+    q: [usize; 4],
+    k: [usize; 4],
+}
+
+impl<'a> Launch<'a> {
+    /// None if the tensors are not on such a device, or the kernels do not do what is asked.
+    fn of(
+        q: &Tensor<4>,
+        k: &Tensor<4>,
+        v: &Tensor<4>,
+        problem: &'a Problem,
+        pass: Pass,
+    ) -> Option<Self> {
+        let Sizes {
+            q: q_shape,
+            k: k_shape,
+            v: v_shape,
+        } = Sizes::of(q, k, v, problem);
+        let size = |shape: [usize; 4]| shape.iter().product::<usize>();
+        let smallest = size(q_shape).min(size(k_shape)).min(size(v_shape));
+        let largest = size(q_shape).max(size(k_shape)).max(size(v_shape));
+        let dtypes = [q.dtype(), k.dtype(), v.dtype()];
+        let known = [DType::F32, DType::F16, DType::BF16].map(|dtype| [dtype; 3]);
+        let suits = known.contains(&dtypes) && smallest > 0 && largest <= LONGEST;
+        if !suits || problem.dropout.is_some() {
+            return None;
+        }
+        let CubeTensor { client, device, .. } = q.clone().try_into_primitive::<Cube>().ok()?;
+        let tile = tile(
+            pass,
+            (q_shape[1], k_shape[1]),
+            (q_shape[3], v_shape[3]),
+            rules::masked(problem, q_shape[0]),
+            client.properties().hardware.max_shared_memory_size,
+        )?;
+        let rules = match tile.masked {
+            true => rules::rules(problem, q_shape[0], (tile.queries, tile.keys))?,
+            // A buffer holds something.
+            false => rules::Rules {
+                numbers: vec![0],
+                by_sample: false,
+            },
+        };
+        Some(Self {
+            client,
+            device,
+            tile,
+            rules,
+            problem,
+            q: q_shape,
+            k: k_shape,
+        })
+    }
+
+    fn sizes(&self) -> SizesLaunch {
+        let heads = &self.problem.heads;
+        let [batch, queries, _, _] = self.q;
+        SizesLaunch::new(
+            batch as u32,
+            queries as u32,
+            self.k[1] as u32,
+            self.q[2] as u32,
+            self.k[2] as u32,
+            heads.query.start as u32,
+            heads.group as u32,
+            u32::from(self.rules.by_sample),
+        )
+    }
+
+    fn rules(&self) -> BufferArg {
+        let bytes = bytemuck::cast_slice(&self.rules.numbers);
+        let handle = self.client.create_from_slice(bytes);
+        // SAFETY: the handle is of so many numbers.
+        unsafe { BufferArg::from_raw_parts(handle, self.rules.numbers.len()) }
+    }
+
+    fn empty<const D: usize>(&self, shape: [usize; D], dtype: DType) -> CubeTensor {
+        let (client, device) = (self.client.clone(), self.device.clone());
+        empty_device_contiguous_dtype(client, device, Shape::from(shape), dtype)
+    }
+}
+
+/// The largest tile that is not larger than needed and fits into shared memory; none if none does.
+fn tile(
+    pass: Pass,
+    (queries, keys): (usize, usize),
+    (width, value_width): (usize, usize),
+    masked: bool,
+    shared_bytes: usize,
+) -> Option<Tile> {
+    let lengths = [64, 32, 16];
+    let useful = |length: usize| length.next_multiple_of(UNITS);
+    let tiles = lengths.into_iter().flat_map(|query_rows| {
+        lengths.map(|key_rows| Tile {
+            queries: query_rows,
+            keys: key_rows,
+            width,
+            value_width,
+            masked,
+        })
+    });
+    tiles
+        .filter(|tile| {
+            let (queries, keys) = (useful(queries), useful(keys));
+            (tile.queries <= queries.max(UNITS) && tile.keys <= keys.max(UNITS))
+                && size_of::<f32>() * shared_numbers(pass, tile) <= shared_bytes
+        })
+        .max_by_key(|tile| (tile.queries * tile.keys, tile.keys))
+}
+
+/// What a kernel's shared memory holds.
+fn shared_numbers(pass: Pass, tile: &Tile) -> usize {
+    let Tile { queries, keys, .. } = *tile;
+    let (stride, value_stride) = (Tile::stride(tile.width), Tile::stride(tile.value_width));
+    let shared = tile.shared_stride();
+    match pass {
+        Pass::Forward => {
+            queries * stride + keys * shared + queries * (keys + 1) + queries * (UNITS + 1)
+        }
+        Pass::Queries => queries * (stride + value_stride) + keys * shared + queries * (keys + 1),
+        Pass::KeysAndValues => {
+            keys * (stride + value_stride) + queries * shared + keys * (queries + 1)
+        }
+    }
+}
+
+fn grid(cubes: usize) -> CubeCount {
+    let first = cubes.min(CUBES);
+    CubeCount::Static(first as u32, cubes.div_ceil(first) as u32, 1)
+}
+
+fn element_of(dtype: DType) -> burn_cubecl::cubecl::ir::ElemType {
+    burn::backend::cubecl::dtype_to_storage_type(dtype)
+}
+
+/// The tensor's buffer, row by row without gaps.
+fn primitive(tensor: &Tensor<4>) -> Option<CubeTensor> {
+    let tensor = tensor.clone().try_into_primitive::<Cube>().ok()?;
+    Some(into_contiguous(tensor))
+}
+
+fn tensor<const D: usize>(tensor: CubeTensor) -> Tensor<D> {
+    Tensor::from_primitive::<Cube>(tensor)
+}

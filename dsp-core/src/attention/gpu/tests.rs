@@ -1,0 +1,359 @@
+//! The kernels against the portable functions on the processor, in f64.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use proptest::prelude::*;
+
+use super::*;
+use crate::attention::{Documents, Dropout, DropoutKey, HeadRange, Mask, Problem, Within, softmax};
+
+#[derive(Debug, Clone)]
+struct Case {
+    problem: Problem,
+    batch: usize,
+    /// Of queries and keys, and of values.
+    widths: (usize, usize),
+    seed: u64,
+}
+
+/// What attention returns, and the gradients for one cotangent.
+struct Results {
+    out: Tensor<4>,
+    lse: Tensor<3>,
+    gradients: [Tensor<4>; 3],
+}
+
+/// Values in [-2, 2) without a pattern, that every floating type of 16 bits or more can tell apart.
+fn values(count: usize, seed: u64) -> Vec<f64> {
+    let mut state = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        ((state >> 56) as f64 - 128.0) / 64.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+impl Case {
+    /// `q`, `k`, `v` and the cotangent.
+    fn inputs(&self, device: &Device, dtype: DType) -> [Tensor<4>; 4] {
+        let rows = |positions: &[Range<usize>]| positions.iter().map(Range::len).sum::<usize>();
+        let (lq, lk) = (
+            rows(&self.problem.query_positions),
+            rows(&self.problem.key_positions),
+        );
+        let heads = &self.problem.heads;
+        let (hq, hkv) = (heads.query.len(), heads.kv().len());
+        let (b, (d, dv)) = (self.batch, self.widths);
+        let shapes = [
+            [b, lq, hq, d],
+            [b, lk, hkv, d],
+            [b, lk, hkv, dv],
+            [b, lq, hq, dv],
+        ];
+        let mut seed = self.seed;
+        shapes.map(|shape| {
+            seed += 1;
+            let data = TensorData::new(values(shape.iter().product(), seed), shape);
+            Tensor::from_data(data, (device, dtype))
+        })
+    }
+
+    fn expected(&self) -> Results {
+        let [q, k, v, dout] = self.inputs(&Device::flex(), DType::F64);
+        let (out, lse) = softmax::forward(q.clone(), k.clone(), v.clone(), &self.problem);
+        let (dq, dk, dv) =
+            softmax::backward(q, k, v, out.clone(), lse.clone(), dout, &self.problem);
+        Results {
+            out,
+            lse,
+            gradients: [dq, dk, dv],
+        }
+    }
+
+    /// By the kernels themselves, which must not decline.
+    fn found(&self, dtype: DType) -> Results {
+        let [q, k, v, dout] = self.inputs(&Device::default(), dtype);
+        let (out, lse) = forward(&q, &k, &v, &self.problem).unwrap();
+        let gradients = backward([&q, &k, &v, &out, &dout], &lse, &self.problem).unwrap();
+        Results {
+            out,
+            lse,
+            gradients,
+        }
+    }
+}
+
+impl Results {
+    fn assert_close(&self, expected: &Self, tolerance: f64) {
+        assert_close("out", &self.out, &expected.out, tolerance);
+        assert_close("lse", &self.lse, &expected.lse, tolerance);
+        let names = ["dq", "dk", "dv"].into_iter();
+        for ((name, found), expected) in names.zip(&self.gradients).zip(&expected.gradients) {
+            assert_close(name, found, expected, tolerance);
+        }
+    }
+}
+
+fn doubles<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
+    tensor.to_data().iter::<f64>().collect()
+}
+
+/// Relative to the largest value or 1; infinities must be equal.
+fn assert_close<const D: usize>(
+    what: &str,
+    found: &Tensor<D>,
+    expected: &Tensor<D>,
+    tolerance: f64,
+) {
+    assert_eq!(found.dims(), expected.dims(), "{what}");
+    let (found, expected) = (doubles(found), doubles(expected));
+    let finite = expected.iter().filter(|x| x.is_finite());
+    let size = finite.fold(1.0, |size: f64, x| size.max(x.abs()));
+    for (index, (a, b)) in found.iter().zip(&expected).enumerate() {
+        // Written so that NaN fails.
+        assert!(
+            a == b || (a - b).abs() / size <= tolerance,
+            "{what}[{index}] is {a}, and should be {b}"
+        );
+    }
+}
+
+fn positions() -> impl Strategy<Value = Vec<Range<usize>>> {
+    let range = (0..90usize, 1..45usize).prop_map(|(start, len)| start..start + len);
+    prop::collection::vec(range, 1..4)
+}
+
+fn masks(batch: usize) -> impl Strategy<Value = Mask> {
+    let size = || (1..60usize).prop_map(|size| NonZeroUsize::new(size).unwrap());
+    let within = prop_oneof![
+        Just(Within::Full),
+        Just(Within::Causal),
+        size().prop_map(Within::Window)
+    ];
+    let documents = prop::collection::btree_set(0..120usize, 0..5)
+        .prop_map(|ends| Documents::new(ends.into_iter().collect::<Vec<_>>()).unwrap());
+    prop_oneof![
+        Just(Mask::Full),
+        Just(Mask::Causal),
+        size().prop_map(|size| Mask::Window { size }),
+        (documents, within).prop_map(|(documents, within)| Mask::Packed { documents, within }),
+        prop::collection::vec(0..130usize, batch)
+            .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
+    ]
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    (1..3usize).prop_flat_map(|batch| {
+        (
+            masks(batch),
+            positions(),
+            positions(),
+            (0..6usize, 1..6usize, 1..5usize),
+            0.2..0.6f64,
+            // Each pair is a kernel of its own: narrower than the units, and wider with a remainder.
+            prop_oneof![Just((5, 3)), Just((24, 40))],
+            any::<u32>(),
+        )
+            .prop_map(
+                move |(mask, query_positions, key_positions, heads, scale, widths, seed)| Case {
+                    problem: Problem {
+                        heads: HeadRange {
+                            query: heads.0..heads.0 + heads.1,
+                            group: heads.2,
+                        },
+                        mask,
+                        query_positions,
+                        key_positions,
+                        scale,
+                        dropout: None,
+                        samples: vec![0..batch],
+                    },
+                    batch,
+                    widths,
+                    seed: u64::from(seed),
+                },
+            )
+    })
+}
+
+fn plain(batch: usize, heads: usize, queries: usize, keys: usize, mask: Mask) -> Case {
+    Case {
+        problem: Problem {
+            heads: HeadRange {
+                query: 0..heads,
+                group: 1,
+            },
+            mask,
+            query_positions: vec![0..queries],
+            key_positions: vec![0..keys],
+            scale: 0.25,
+            dropout: None,
+            samples: vec![0..batch],
+        },
+        batch,
+        widths: (24, 40),
+        seed: 7,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn every_mask_and_any_rows_give_the_portable_output_logsumexp_and_gradients(case in cases()) {
+        // Sums of some hundred terms in f32, each rounded at 6e-8 of its size, and the device's own exponential.
+        case.found(DType::F32).assert_close(&case.expected(), 1e-5);
+    }
+}
+
+#[test]
+fn disjoint_keys_merge_to_their_union_and_share_its_backward() {
+    let whole = plain(2, 3, 70, 90, Mask::Causal);
+    let expected = whole.expected();
+    let [q, k, v, dout] = whole.inputs(&Device::default(), DType::F32);
+    let halves = [0..40, 40..90].map(|rows: Range<usize>| {
+        let mut problem = whole.problem.clone();
+        problem.key_positions = vec![rows.clone()];
+        let part = |x: &Tensor<4>| x.clone().narrow(1, rows.start, rows.len());
+        (part(&k), part(&v), problem)
+    });
+    let [first, second] = halves
+        .each_ref()
+        .map(|(k, v, problem)| forward(&q, k, v, problem).unwrap());
+    let (out, lse) = softmax::merge(first, second);
+    let [(dq, dk, dv), other] = halves.map(|(k, v, problem)| {
+        let [dq, dk, dv] = backward([&q, &k, &v, &out, &dout], &lse, &problem).unwrap();
+        (dq, dk, dv)
+    });
+    let gradients = [
+        dq + other.0,
+        Tensor::cat(vec![dk, other.1], 1),
+        Tensor::cat(vec![dv, other.2], 1),
+    ];
+    Results {
+        out,
+        lse,
+        gradients,
+    }
+    .assert_close(&expected, 1e-5);
+}
+
+#[test]
+fn a_sample_that_sees_nothing_gets_zeros_and_minus_infinity_beside_one_that_does() {
+    let case = plain(2, 2, 20, 30, Mask::KeyLengths([0, 17].into()));
+    let found = case.found(DType::F32);
+    found.assert_close(&case.expected(), 1e-5);
+    let blind = found.lse.clone().narrow(0, 0, 1);
+    assert!(doubles(&blind).iter().all(|&x| x == f64::NEG_INFINITY));
+    let out = found.out.clone().narrow(0, 0, 1);
+    assert!(doubles(&out).iter().all(|&x| x == 0.0));
+    // Hidden keys of the other get no gradient, to the last bit.
+    let hidden = found.gradients[1].clone().narrow(0, 1, 1).narrow(1, 17, 13);
+    assert!(doubles(&hidden).iter().all(|&x| x == 0.0));
+}
+
+#[test]
+fn hidden_keys_do_not_touch_the_result_even_if_huge() {
+    let case = plain(1, 2, 40, 50, Mask::KeyLengths([33].into()));
+    let [q, k, v, dout] = case.inputs(&Device::default(), DType::F32);
+    let huge = |x: &Tensor<4>| {
+        let kept = x.clone().narrow(1, 0, 33);
+        let rest = x.clone().narrow(1, 33, 17).full_like(1e30);
+        Tensor::cat(vec![kept, rest], 1)
+    };
+    let run = |k: &Tensor<4>, v: &Tensor<4>| {
+        let (out, lse) = forward(&q, k, v, &case.problem).unwrap();
+        let gradients = backward([&q, k, v, &out, &dout], &lse, &case.problem).unwrap();
+        [doubles(&out), doubles(&lse), doubles(&gradients[0])]
+    };
+    assert_eq!(run(&k, &v), run(&huge(&k), &huge(&v)));
+}
+
+#[test]
+fn strided_inputs_are_read_as_they_look() {
+    let case = plain(1, 3, 20, 20, Mask::Causal);
+    let [q, k, v, _] = case.inputs(&Device::default(), DType::F32);
+    let expected = forward(&q, &k, &v, &case.problem).unwrap();
+    // The same values, with heads before rows in memory.
+    let turned = |x: Tensor<4>| {
+        let data = x.swap_dims(1, 2).into_data();
+        Tensor::<4>::from_data(data, (&Device::default(), DType::F32)).swap_dims(1, 2)
+    };
+    let found = forward(&turned(q), &turned(k), &turned(v), &case.problem).unwrap();
+    assert_eq!(doubles(&found.0), doubles(&expected.0));
+    assert_eq!(doubles(&found.1), doubles(&expected.1));
+}
+
+#[test]
+fn sixteen_bits_are_summed_in_f32() {
+    for (dtype, epsilon) in [(DType::F16, 1e-3), (DType::BF16, 8e-3)] {
+        if !Device::default().supports_dtype(dtype) {
+            continue;
+        }
+        let case = plain(1, 2, 70, 300, Mask::Causal);
+        let (found, expected) = (case.found(dtype), case.expected());
+        assert_eq!(found.out.dtype(), dtype);
+        assert_eq!(found.lse.dtype(), DType::F32);
+        // The inputs are exact in 16 bits, and the logsumexp never was in them.
+        assert_close("lse", &found.lse, &expected.lse, 1e-5);
+        // Two roundings of the output: its own, and that of what the gradients take of it.
+        found.assert_close(&expected, 4.0 * epsilon);
+    }
+}
+
+#[test]
+fn the_same_inputs_give_the_same_bits() {
+    let case = plain(2, 4, 130, 130, Mask::Causal);
+    let bits = |results: &Results| {
+        let [dq, dk, dv] = &results.gradients;
+        [&results.out, dq, dk, dv].map(doubles)
+    };
+    assert_eq!(bits(&case.found(DType::F32)), bits(&case.found(DType::F32)));
+}
+
+#[test]
+fn dropout_f64_empty_blocks_and_heads_that_do_not_fit_are_left_to_the_portable_way() {
+    let device = Device::default();
+    let declined = |case: &Case, device: &Device, dtype| {
+        let [q, k, v, _] = case.inputs(device, dtype);
+        forward(&q, &k, &v, &case.problem).is_none()
+    };
+    let mut case = plain(1, 1, 4, 4, Mask::Full);
+    assert!(!declined(&case, &device, DType::F32));
+    assert!(declined(&case, &Device::flex(), DType::F32));
+    case.problem.dropout = Some(Dropout::new(0.5, DropoutKey::default()).unwrap());
+    assert!(declined(&case, &device, DType::F32));
+    assert!(declined(
+        &plain(1, 1, 4, 0, Mask::Full),
+        &device,
+        DType::F32
+    ));
+    let mut wide = plain(1, 1, 4, 4, Mask::Full);
+    wide.widths = (1 << 16, 4);
+    assert!(declined(&wide, &device, DType::F32));
+}
+
+#[test]
+fn tiles_fit_into_shared_memory_and_are_no_larger_than_needed() {
+    for bytes in [16 << 10, 32 << 10, 48 << 10, 227 << 10] {
+        for pass in [Pass::Forward, Pass::Queries, Pass::KeysAndValues] {
+            for width in [2, 64, 128] {
+                for length in [1, 16, 17, 4096] {
+                    let Some(tile) = tile(pass, (length, length), (width, width), true, bytes)
+                    else {
+                        // Three tiles of 16 rows of f32 are the least that a pass holds.
+                        assert!(4 * 16 * 3 * width > bytes / 2, "{pass:?} {width} {bytes}");
+                        continue;
+                    };
+                    assert!(4 * shared_numbers(pass, &tile) <= bytes);
+                    assert!(tile.queries < length.next_multiple_of(16) + 16);
+                    assert!(tile.keys < length.next_multiple_of(16) + 16);
+                }
+            }
+        }
+    }
+}
