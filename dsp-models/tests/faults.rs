@@ -405,7 +405,6 @@ mod on_mpi {
     }
 
     #[test]
-    #[ignore = "takes a minute, and has not been seen to pass yet"]
     fn a_process_that_sleeps_exits_or_is_killed_ends_the_others_with_the_right_error() {
         inject(&[Fault::Sleeps, Fault::Exits, Fault::Killed]);
     }
