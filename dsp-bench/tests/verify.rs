@@ -54,6 +54,7 @@ fn assert_met(path: &Path, refusal: impl Fn(&str, &str, usize) -> Refusal) {
         for record in records {
             match record {
                 Record::Comparison { pass: false, .. } => panic!("{record:?}"),
+                Record::Sent { .. } => unreachable!("ranks are threads here"),
                 Record::Comparison {
                     case,
                     tensor,

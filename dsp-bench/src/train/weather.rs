@@ -5,7 +5,6 @@
 //! The last third of the times is held out. The errors to beat are those of that climatology and of persistence
 //! ("it stays as it is"), on the same times and points.
 
-use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::strategy::Part;
 use dsp_core::{Loss, ModelShape, Session};
@@ -197,8 +196,7 @@ impl Task for NextFields {
 
     fn template(&self, seed: u64) -> Result<Weather, SubjectError> {
         let mut model = self.config.init(seed, &Device::flex())?;
-        let zeros = |weight: Param<Tensor<2>>| weight.map(|weight| weight.zeros_like());
-        model.head.weight = zeros(model.head.weight);
+        model.head.weight = model.head.weight.map(|weight| weight.zeros_like());
         model.head.bias = model
             .head
             .bias

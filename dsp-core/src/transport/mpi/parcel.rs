@@ -37,6 +37,10 @@ pub(super) struct Unpacking {
     from: Arrived,
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each exchange under way"
+)]
 enum Arrived {
     /// It landed where it belongs.
     Landed(Arc<Landing>),

@@ -269,7 +269,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             let (Source::Rank(from), Some(count)) = (status.source, status.count) else {
                 break;
             };
-            let mut bytes = vec![0u8; count as usize];
+            let mut bytes = vec![0u8; count];
             self.world.recv(&mut bytes, from, Tag::Value(CONTROL))?;
             match serde_json::from_slice(&bytes) {
                 Ok(envelope) => self.hear(from as usize, envelope)?,
@@ -534,11 +534,11 @@ impl<'s, 'env> Progress<'s, 'env> {
         };
         if own.missing.is_empty() {
             let entered = *own.entered.get_or_insert_with(Instant::now);
-            if own.receiving == 0 {
-                if let Some((answer, ..)) = own.waiter.take() {
-                    let _ = answer.send(Ok(Times { entered }));
-                    own.taken = true;
-                }
+            if own.receiving == 0
+                && let Some((answer, ..)) = own.waiter.take()
+            {
+                let _ = answer.send(Ok(Times { entered }));
+                own.taken = true;
             }
         }
         if own.taken && round.heard.len() + 1 == own.members.len() {
