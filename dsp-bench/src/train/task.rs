@@ -39,7 +39,7 @@ pub struct Baseline {
 pub struct Measure {
     /// In words, as in "bits a byte".
     pub unit: &'static str,
-    /// By what the mean of [`Task::error`] is multiplied for it.
+    /// By what the mean of a task's errors is multiplied for it.
     pub factor: f64,
 }
 

@@ -336,7 +336,11 @@ fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
         lies,
     )));
     let of = |(y, gradients): (Tensor<4>, [Tensor<4>; 1])| (y, gradients.to_vec());
-    add(of(differentiated(std::array::from_ref(&x), |[x]| gelu_tanh(x), lies)));
+    add(of(differentiated(
+        std::array::from_ref(&x),
+        |[x]| gelu_tanh(x),
+        lies,
+    )));
     add(of(differentiated(
         &[x],
         |[x]| {

@@ -27,7 +27,7 @@ pub struct WeatherBatch {
 /// The ranks' terms add up to the mean over samples, times, variables and the sphere.
 ///
 /// # Shapes
-/// - `forecast`: `[B, T, lat, lon, variables]`, as [`Weather::forward`] returns it
+/// - `forecast`: `[B, T, lat, lon, variables]`, as [`Weather::forward`](super::Weather::forward) returns it
 /// - `next`: the same, whole on every rank
 ///
 /// # Errors
