@@ -47,7 +47,8 @@ pub(crate) fn test() -> Result<()> {
             let start = Instant::now();
             let job = mpirun(processes)
                 .arg(&binary)
-                .args(["--test-threads", "1"])
+                // A process of mpirun's writes to a terminal of its own, in colours.
+                .args(["--test-threads", "1", "--color", "never"])
                 .stdin(Stdio::null())
                 .output()
                 .context("starting mpirun")?;
