@@ -259,9 +259,8 @@ fn is_right(error: &CommError, injection: Injection) -> bool {
         }
         (Fault::Returns, CommError::PeerEnded { ended, .. }) => *ended == culprit,
         (Fault::Sleeps | Fault::Exits | Fault::Killed, error) => match error {
-            // The first deadline to pass may be that of a rank that waits for one that waits for the culprit.
             CommError::Unanswered { rank, missing, .. } => {
-                *rank != culprit && !missing.is_empty() && !missing.contains(rank)
+                *rank != culprit && *missing == [culprit]
             }
             // Where nobody needed anything of it any more.
             CommError::Stuck { rank, .. } => *rank == culprit,

@@ -14,6 +14,7 @@ use burn::tensor::Tensor;
 
 use super::copy::{Source, assemble};
 use super::position::{GroupId, Position};
+use super::waits::{self, Wait};
 use super::{Arrival, Exchange, Pending, Transport};
 use crate::blocks::{Blocks, DIMS};
 use crate::error::{Call, CommError};
@@ -32,13 +33,22 @@ struct State {
     rounds: HashMap<(Arc<GroupId>, u64), Round>,
     /// The first failure. Once set it stays.
     fate: Option<CommError>,
-    /// Per world rank: its last call, and whether it has returned.
+    /// Per world rank: its last call, what it waits for, and whether it has returned.
     ranks: Vec<RankState>,
+}
+
+impl State {
+    /// The error of `rank`'s wait, or of the one that it leads to.
+    fn unanswered(&self, rank: usize) -> Option<CommError> {
+        let waits: Vec<Option<Wait>> = self.ranks.iter().map(|rank| rank.waits.clone()).collect();
+        waits::unanswered(&waits, rank)
+    }
 }
 
 #[derive(Debug, Clone, Default)]
 struct RankState {
     last: Option<Call>,
+    waits: Option<Wait>,
     ended: bool,
 }
 
@@ -326,34 +336,32 @@ impl LocalPending {
             let missing: Vec<usize> = (0..self.id.members.len())
                 .filter(|&rank| !transfers[rank].is_empty() && round.posts[rank].is_none())
                 .collect();
+            let rank = self.id.members[self.rank];
             if missing.is_empty() {
                 let own = round.posts[self.rank].as_ref();
-                return Ok(round
-                    .posts
-                    .iter()
+                let tensors = (round.posts.iter())
                     .filter_map(|post| post.as_ref().or(own))
                     .map(|post| post.tensor.clone())
-                    .collect());
+                    .collect();
+                state.ranks[rank].waits = None;
+                return Ok(tensors);
             }
             let missing: Vec<usize> = missing.iter().map(|&rank| self.id.members[rank]).collect();
-            let rank = self.id.members[self.rank];
             let ended = missing.iter().find(|&&rank| state.ranks[rank].ended);
-            let error = if let Some(&ended) = ended {
-                Some(CommError::PeerEnded {
-                    rank,
-                    call: self.call.clone(),
-                    ended,
-                })
-            } else if Instant::now() >= deadline {
-                Some(CommError::Unanswered {
-                    rank,
-                    call: self.call.clone(),
-                    missing,
-                    waited: start.elapsed(),
-                })
-            } else {
-                None
-            };
+            let ended = ended.map(|&ended| CommError::PeerEnded {
+                rank,
+                call: self.call.clone(),
+                ended,
+            });
+            state.ranks[rank].waits = Some(Wait {
+                call: self.call.clone(),
+                missing,
+                waited: start.elapsed(),
+            });
+            let error = ended.or_else(|| {
+                let over = Instant::now() >= deadline;
+                over.then(|| state.unanswered(rank)).flatten()
+            });
             if let Some(error) = error {
                 drop(state);
                 return Err(self.world.fail(error));

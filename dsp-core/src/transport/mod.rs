@@ -13,6 +13,7 @@ pub mod mpi;
 mod position;
 #[cfg(feature = "flex")]
 mod tiles;
+mod waits;
 
 use std::fmt;
 use std::sync::Arc;

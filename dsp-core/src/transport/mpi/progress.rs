@@ -13,7 +13,8 @@
 //! ```
 //!
 //! **One cause.** Whoever finds a failure tells all. The lowest rank that lives makes the first that it hears
-//! the fate of the launch, and tells all; each higher one takes its place half a second later.
+//! the fate of the launch, and tells all; each higher one takes its place half a second later. Where a wait is
+//! over, everybody that waits says so first, and who waits for nobody is the one that is named.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,9 +27,13 @@ use ferrompi::{Communicator, Scope, Source, Tag};
 use super::lent::{Flight, Incoming, Outgoing};
 use super::wire::{Announcement, CONTROL, DATA_TAGS, Envelope, Message};
 use crate::error::{Call, CommError};
+use crate::transport::waits::{self, Wait};
 
 /// How long a rank waits for each lower one to settle the fate of a launch.
 const TURN: Duration = Duration::from_millis(500);
+
+/// How long it is listened to who else waits, before the one that is missing is named.
+const HEARING: Duration = Duration::from_millis(300);
 
 /// How long a process waits at its end for the others to end too: where the last launch failed, and else.
 const FAREWELL_IN_FAILURE: Duration = Duration::from_secs(1);
@@ -113,6 +118,8 @@ struct LaunchState {
     fated: Option<Instant>,
     /// The first cause that was heard of, and when; who waits for the root cause.
     found: Option<(CommError, Instant)>,
+    /// Per rank: what it waits for, if it has said so since.
+    waits: Vec<Option<Wait>>,
     failing: Vec<Sender<CommError>>,
     finishing: Option<Sender<Result<(), CommError>>>,
     returned: Vec<bool>,
@@ -576,8 +583,14 @@ impl<'s, 'env> Progress<'s, 'env> {
         }
         if let Some((cause, since)) = &state.found {
             // Rank 0 settles at once; the others only if those below them are gone.
-            if now - *since >= TURN * rank as u32 {
-                let cause = cause.clone();
+            let (heard, cause) = match cause {
+                CommError::Unanswered { rank, .. } => (
+                    HEARING,
+                    waits::unanswered(&state.waits, *rank).unwrap_or(cause.clone()),
+                ),
+                cause => (Duration::ZERO, cause.clone()),
+            };
+            if now - *since >= heard + TURN * rank as u32 {
                 self.tell_all(launch, || Message::Fate(cause.clone()))?;
                 self.fate(launch, cause);
             }
@@ -643,7 +656,12 @@ impl<'s, 'env> Progress<'s, 'env> {
         }
         if state.found.is_none() && !state.done {
             state.found = Some((cause.clone(), Instant::now()));
+            let rank = self.rank;
+            let own = state.rounds.values().find_map(|round| round.wait(rank));
             self.tell_all(launch, || Message::Found(cause.clone()))?;
+            if let (CommError::Unanswered { .. }, Some(own)) = (&cause, own) {
+                self.tell_all(launch, || Message::Waits(own.clone()))?;
+            }
         }
         Ok(())
     }
@@ -702,6 +720,7 @@ impl<'s, 'env> Progress<'s, 'env> {
         match message {
             Message::Entered(announcement) => self.announced(launch, from, announcement)?,
             Message::Found(cause) => self.found(launch, cause)?,
+            Message::Waits(wait) => state.waits[from] = Some(wait),
             Message::Fate(cause) => self.fate(launch, cause),
             Message::Returned => {
                 state.returned[from] = true;
@@ -799,6 +818,7 @@ impl LaunchState {
             fate,
             fated: None,
             found: None,
+            waits: vec![None; ranks],
             failing: Vec::new(),
             finishing: None,
             returned: vec![false; ranks],
@@ -817,24 +837,37 @@ impl Round {
         self.own.as_ref().is_some_and(|own| own.waiter.is_some())
     }
 
+    /// What the rank waits for, if it does.
+    fn wait(&self, rank: usize) -> Option<Wait> {
+        let own = self.own.as_ref()?;
+        let (_, _, since) = own.waiter.as_ref()?;
+        let missing = match own.missing.is_empty() {
+            // All have entered, and something is on its way that does not come.
+            true => &own.members,
+            false => &own.missing,
+        };
+        Some(Wait {
+            call: own.call.clone(),
+            missing: missing.iter().copied().filter(|&m| m != rank).collect(),
+            waited: since.elapsed(),
+        })
+    }
+
     /// Why the rank need not wait any longer.
     fn late(&self, rank: usize, now: Instant, gone: &[bool]) -> Option<CommError> {
         let own = self.own.as_ref()?;
-        let (_, deadline, since) = own.waiter.as_ref()?;
-        let call = own.call.clone();
+        let (_, deadline, _) = own.waiter.as_ref()?;
         if let Some(&ended) = own.missing.iter().find(|&&member| gone[member]) {
+            let call = own.call.clone();
             return Some(CommError::PeerEnded { rank, call, ended });
         }
-        let missing = match own.missing.is_empty() {
-            // All have entered, and something is on its way that does not come.
-            true => own.members.clone(),
-            false => own.missing.clone(),
-        };
-        (now >= *deadline).then(|| CommError::Unanswered {
+        let over = now >= *deadline;
+        let wait = over.then(|| self.wait(rank)).flatten()?;
+        Some(CommError::Unanswered {
             rank,
-            call,
-            missing: missing.into_iter().filter(|&m| m != rank).collect(),
-            waited: now - *since,
+            call: wait.call,
+            missing: wait.missing,
+            waited: wait.waited,
         })
     }
 

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blocks::{DIMS, Transfer};
 use crate::error::{Call, CommError};
+use crate::transport::waits::Wait;
 
 /// The tag of control messages; data have tags of their own.
 pub(super) const CONTROL: i32 = 0;
@@ -44,6 +45,8 @@ pub(super) enum Message {
     Entered(Announcement),
     /// The sender has found a cause to fail.
     Found(CommError),
+    /// What the sender's rank waits for, now that somebody's wait is over.
+    Waits(Wait),
     /// The launch has failed: the one cause for all.
     Fate(CommError),
     /// The sender's rank has returned.
