@@ -4,7 +4,9 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Element, Tensor, TensorData};
 
-use crate::blocks::{DIMS, Transfer};
+use crate::blocks::{DIMS, Region, Transfer};
+use crate::fused::real::Real;
+use crate::transport::tiles::{self, Term};
 
 /// Boxes of a tensor end to end, each row-major, as messages carry them.
 pub(super) fn pack(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
@@ -35,90 +37,39 @@ pub(super) fn lay(
     }
 }
 
-fn pack_as<E>(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1>
-where
-    E: Element + bytemuck::Pod + Default,
-{
+fn pack_as<E: Real + Element>(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
     let device = tensor.device();
     let count = boxes.iter().map(|b| b.source.elements()).sum();
-    let mut packed = vec![E::default(); count];
-    let Ok(tensor) = tensor.clone().try_into_primitive::<Flex>() else {
-        unreachable!("only tensors on Flex are packed");
-    };
+    let mut packed = vec![E::ZERO; count];
+    let tensor = on_flex(tensor);
     let mut rest = &mut packed[..];
-    for transfer in boxes {
-        let mut transfer = *transfer;
-        transfer.target.start = [0; DIMS];
-        let extent = transfer.target.extent;
-        let (part, after) = rest.split_at_mut(transfer.target.elements());
-        place(part, extent, &tensor, &transfer);
+    for Transfer { source, .. } in boxes {
+        let (part, after) = rest.split_at_mut(source.elements());
+        let whole = Region {
+            start: [0; DIMS],
+            extent: source.extent,
+        };
+        tiles::place(Term::new(&tensor, source.start), whole, source.extent, part);
         rest = after;
     }
     Tensor::from_data(TensorData::new(packed, [count]), (&device, E::dtype()))
 }
 
-fn lay_as<E>(tensor: &Tensor<DIMS>, boxes: &[Transfer], shape: [usize; DIMS], block: &mut [E])
-where
-    E: Element + bytemuck::Pod,
-{
-    let Ok(tensor) = tensor.clone().try_into_primitive::<Flex>() else {
-        unreachable!("only tensors on Flex are laid in place");
-    };
-    for transfer in boxes {
-        place(block, shape, &tensor, transfer);
+fn lay_as<E: Real>(
+    tensor: &Tensor<DIMS>,
+    boxes: &[Transfer],
+    shape: [usize; DIMS],
+    block: &mut [E],
+) {
+    let tensor = on_flex(tensor);
+    for Transfer { source, target } in boxes {
+        tiles::place(Term::new(&tensor, source.start), *target, shape, block);
     }
 }
 
-/// Lays one box into the block, in the longest runs that lie end to end in both.
-fn place<E>(block: &mut [E], shape: [usize; DIMS], tensor: &FlexTensor, transfer: &Transfer)
-where
-    E: Element + bytemuck::Pod,
-{
-    let layout = tensor.layout();
-    let strides = layout.strides();
-    let storage = tensor.storage::<E>();
-    let (from, to) = (&transfer.source, &transfer.target);
-    let target_strides = row_major(shape);
-    // The dims from `inner` on are one run: contiguous in the source and whole in the target.
-    let mut inner = DIMS;
-    let mut run = 1;
-    while inner > 0 {
-        let dim = inner - 1;
-        let is_next =
-            from.extent[dim] == 1 || (strides[dim] == run as isize && target_strides[dim] == run);
-        if !is_next {
-            break;
-        }
-        run *= from.extent[dim];
-        inner = dim;
+fn on_flex(tensor: &Tensor<DIMS>) -> FlexTensor {
+    match tensor.clone().try_into_primitive::<Flex>() {
+        Ok(tensor) => tensor,
+        Err(_) => unreachable!("only tensors on Flex are packed or laid in place"),
     }
-    let outer: usize = from.extent[..inner].iter().product();
-    let mut index = [0; DIMS];
-    for _ in 0..outer {
-        let mut source = layout.start_offset();
-        let mut target = 0;
-        for dim in 0..DIMS {
-            let steps = (from.start[dim] + index[dim]) as isize * strides[dim];
-            source = source.wrapping_add_signed(steps);
-            target += (to.start[dim] + index[dim]) * target_strides[dim];
-        }
-        let values = &storage[source..source + run];
-        block[target..target + run].copy_from_slice(values);
-        // The next index of the outer dims, the last varying fastest.
-        for dim in (0..inner).rev() {
-            index[dim] += 1;
-            if index[dim] < from.extent[dim] {
-                break;
-            }
-            index[dim] = 0;
-        }
-    }
-}
-
-fn row_major(shape: [usize; DIMS]) -> [usize; DIMS] {
-    let mut strides = [1; DIMS];
-    for dim in (0..DIMS - 1).rev() {
-        strides[dim] = strides[dim + 1] * shape[dim + 1];
-    }
-    strides
 }
