@@ -154,13 +154,20 @@ fn case(strategy: &str, ranks: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::Arc;
 
     use super::*;
 
+    /// What was written, for tests of those that write.
     #[derive(Clone, Default)]
-    struct Page(Arc<Mutex<Vec<u8>>>);
+    pub(crate) struct Page(Arc<Mutex<Vec<u8>>>);
+
+    impl Page {
+        pub(crate) fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
 
     impl Write for Page {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -183,7 +190,7 @@ mod tests {
         progress.note("heads: 2 for 4 ranks");
         progress.end("refused");
         progress.finish();
-        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        let text = page.text();
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0], "[1/2] serial on 1 rank");
         assert!(lines[1].contains("8.10 s"), "{text}");

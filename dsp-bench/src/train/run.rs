@@ -1,5 +1,7 @@
 //! A run: ranks that train, evaluate, write checkpoints and show what was learnt.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::num::NonZeroUsize;
@@ -26,6 +28,7 @@ use crate::subject::SubjectError;
 const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
+const SAMPLES: &str = "samples";
 
 /// Why a run did not begin or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -256,18 +259,19 @@ pub(super) fn run<T: Task>(
             Some(load(&template, of, folder, &checkpoints, begin)?)
         }
     };
-    let store = Store::open(&checkpoints)?;
     let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
-    // Where ranks are processes, one of them writes.
-    let metrics = match engine.held(1).contains(&0) {
+    let samples = folder.join(SAMPLES);
+    // Where ranks are processes, one of them writes: what several tidied up they would take from each other.
+    let writer = match engine.held(1).contains(&0) {
         true => {
+            let store = Store::open(&checkpoints)?;
             write_config(config, folder)?;
-            Some(Mutex::new(Metrics::open(folder, step)?))
+            fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
+            let metrics = Mutex::new(Metrics::open(folder, step)?);
+            Some(Writer { store, metrics })
         }
         false => None,
     };
-    let samples = folder.join("samples");
-    fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
     watch(Event::Begins {
         step,
         steps: config.training.steps,
@@ -285,8 +289,7 @@ pub(super) fn run<T: Task>(
         strategy,
         template,
         start,
-        store,
-        metrics,
+        writer,
         samples,
         watch,
     });
@@ -426,11 +429,16 @@ struct Shared<T: Task> {
     strategy: Arc<dyn SequenceParallel>,
     template: T::Module,
     start: Option<Snapshot<T::Module>>,
-    store: Store,
-    /// Where rank 0 notes what happens.
-    metrics: Option<Mutex<Metrics>>,
+    /// In the process that holds rank 0.
+    writer: Option<Writer>,
     samples: PathBuf,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
+}
+
+/// What rank 0 writes into.
+struct Writer {
+    store: Store,
+    metrics: Mutex<Metrics>,
 }
 
 impl<T: Task> Shared<T> {
@@ -447,6 +455,7 @@ impl<T: Task> Shared<T> {
                 task.shape(largest_part(config)),
             )?
             .with_replicas(replicas),
+            others: RefCell::default(),
         };
         let session = &sessions.first;
         let device = match training.recompute {
@@ -570,20 +579,23 @@ impl<T: Task> Shared<T> {
     }
 
     fn save(&self, snapshot: &Snapshot<T::Module>) -> Result<(), TrainError> {
+        let Some(writer) = &self.writer else {
+            return Ok(());
+        };
         let (config, training) = (&self.config, &self.config.training);
         let manifest = Manifest::new(&self.subject, snapshot.step, training.batch, training.seed);
         let mut files = snapshot.to_files(&manifest)?;
         files.push((CONFIG, config.to_toml()?.into_bytes()));
         let keep = NonZeroUsize::new(config.keep).unwrap_or(NonZeroUsize::MIN);
-        let path = self.store.save(snapshot.step, &files, keep)?;
+        let path = writer.store.save(snapshot.step, &files, keep)?;
         (self.watch)(Event::Saved(&path));
         Ok(())
     }
 
     fn note(&self, line: &Line) -> Result<(), TrainError> {
-        if let Some(metrics) = &self.metrics {
-            let mut metrics = metrics.lock().unwrap_or_else(PoisonError::into_inner);
-            metrics.add(line)?;
+        if let Some(writer) = &self.writer {
+            let metrics = writer.metrics.lock();
+            metrics.unwrap_or_else(PoisonError::into_inner).add(line)?;
         }
         (self.watch)(match line {
             Line::Step { .. } => Event::Step(line),
@@ -596,17 +608,23 @@ impl<T: Task> Shared<T> {
     }
 }
 
-/// A session for each number of samples.
+/// A session for each number of samples, planned once.
 struct Sessions {
     first: Session,
+    others: RefCell<BTreeMap<usize, Session>>,
 }
 
 impl Sessions {
     fn of(&self, samples: usize) -> Result<Session, PlanError> {
-        match samples == self.first.model().batch {
-            true => Ok(self.first.clone()),
-            false => self.first.with_batch(samples),
+        if samples == self.first.model().batch {
+            return Ok(self.first.clone());
         }
+        if let Some(session) = self.others.borrow().get(&samples) {
+            return Ok(session.clone());
+        }
+        let session = self.first.with_batch(samples)?;
+        self.others.borrow_mut().insert(samples, session.clone());
+        Ok(session)
     }
 }
 

@@ -188,23 +188,10 @@ impl State {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::Arc;
 
     use super::super::task::Baseline;
     use super::*;
-
-    #[derive(Clone, Default)]
-    struct Page(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Page {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
+    use crate::progress::tests::Page;
 
     #[test]
     fn without_a_terminal_the_first_and_the_last_step_and_all_that_stays_have_lines() {
@@ -239,7 +226,7 @@ mod tests {
         });
         watch.tell(Event::Saved(Path::new("run/step-7")));
         watch.finish();
-        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        let text = page.text();
         let lines: Vec<_> = text.lines().collect();
         let step = |step: u64| {
             format!("step {step}/7: loss 2.5000 · gradient norm 0.125 · 10000 tokens/s")
