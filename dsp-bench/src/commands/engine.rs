@@ -1,6 +1,5 @@
 //! The engine that a command's ranks run on, by the name of its transport.
 
-use anyhow::bail;
 use dsp_bench::launcher::TransportKind;
 use dsp_core::Engine;
 
@@ -10,10 +9,9 @@ pub(crate) fn start(transport: TransportKind) -> anyhow::Result<Engine> {
         TransportKind::Local => Ok(Engine::Threads),
         #[cfg(feature = "mpi")]
         TransportKind::Mpi => Ok(Engine::Mpi(dsp_core::transport::mpi::Mpi::start()?)),
-        other => bail!(
-            "--transport {}: this program was built without it; build it with --features {}",
-            other.name(),
-            other.name()
+        #[cfg(not(feature = "mpi"))]
+        TransportKind::Mpi => anyhow::bail!(
+            "--transport mpi: this program was built without it; build it with --features mpi"
         ),
     }
 }

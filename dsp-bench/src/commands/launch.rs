@@ -9,7 +9,7 @@ use dsp_bench::launcher::{self, Environment, Job, TransportKind};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct LaunchArgs {
-    /// The ranks; of each launcher, where Slurm starts several.
+    /// The ranks.
     #[arg(short = 'n', long, value_name = "N")]
     ranks: usize,
     /// How often a training is started again from its last checkpoint after a rank has failed.

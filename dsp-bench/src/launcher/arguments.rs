@@ -66,22 +66,6 @@ impl Environment {
         Some(Place { rank, size, local })
     }
 
-    /// Where the `local`th of this launcher's `ranks` processes stands. Where Slurm runs a launcher on each of
-    /// several machines, each starts its own part.
-    pub(super) fn place_of(&self, local: usize, ranks: usize) -> Place {
-        let machines = self.number(&["SLURM_STEP_NUM_NODES"]).unwrap_or(1);
-        let alone = self.number(&["SLURM_STEP_NUM_TASKS"]) != Some(machines);
-        let (machines, machine) = match alone {
-            true => (1, 0),
-            false => (machines, self.number(&["SLURM_NODEID"]).unwrap_or(0)),
-        };
-        Place {
-            rank: machine * ranks + local,
-            size: machines * ranks,
-            local,
-        }
-    }
-
     /// Where the first rank is: as it was said, on Slurm's first machine, or here.
     pub(super) fn master(&self) -> Master {
         let given = |names: &[&str]| names.iter().find_map(|name| self.0.get(*name).cloned());
@@ -247,19 +231,6 @@ mod tests {
         let other = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")];
         assert_eq!(environment(&other).own_place(), place(2, 4, 0));
         assert_eq!(environment(&[("HOME", "/")]).own_place(), None);
-    }
-
-    #[test]
-    fn a_launcher_on_each_of_slurms_machines_starts_its_own_part() {
-        let slurm = [
-            ("SLURM_STEP_NUM_NODES", "2"),
-            ("SLURM_STEP_NUM_TASKS", "2"),
-            ("SLURM_NODEID", "1"),
-        ];
-        let place = environment(&slurm).place_of(3, 4);
-        assert_eq!((place.rank, place.size, place.local), (7, 8, 3));
-        let place = environment(&[]).place_of(1, 4);
-        assert_eq!((place.rank, place.size, place.local), (1, 4, 1));
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! `dsp launch`: starts a job's ranks, shows what they say, and ends them together.
 //!
 //! ```text
-//!   local                       mpi                                    nccl
-//!   launcher                    launcher                               launcher
-//!      │                           │ mpirun -n N                          ├── dsp …  RANK=0 LOCAL_RANK=0
-//!      └── dsp … (N threads)       ├── dsp rank ── dsp …  RANK=0          ├── dsp …  RANK=1 LOCAL_RANK=1
-//!                                  └── dsp rank ── dsp …  RANK=1          └── …
+//!   local                       mpi
+//!   launcher                    launcher
+//!      │                           │ mpirun -n N
+//!      └── dsp … (N threads)       ├── dsp rank ── dsp …  RANK=0
+//!                                  └── dsp rank ── dsp …  RANK=1
 //! ```
 //!
 //! Every line comes out with its rank before it. When the first rank fails, the others have a grace to find that
@@ -33,19 +33,6 @@ pub enum TransportKind {
     Local,
     /// Ranks are processes on one machine or many; MPI moves the data.
     Mpi,
-    /// Ranks are processes with a GPU each; NCCL moves the data.
-    Nccl,
-}
-
-impl TransportKind {
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Local => "local",
-            Self::Mpi => "mpi",
-            Self::Nccl => "nccl",
-        }
-    }
 }
 
 /// A job to start.
@@ -55,7 +42,7 @@ pub struct Job {
     pub program: PathBuf,
     /// What it is to do, from the subcommand on.
     pub arguments: Vec<OsString>,
-    /// The ranks; on this machine, where several launchers start a part of the job each (Slurm).
+    /// The ranks.
     pub ranks: usize,
     /// What moves data between them.
     pub transport: TransportKind,
@@ -171,12 +158,10 @@ fn run_once(
     environment: &Environment,
 ) -> Result<Option<(usize, i32)>, LauncherError> {
     let (events, happens) = mpsc::channel();
-    let mut started = start(job, ranks, arguments, environment, &events)?;
+    let mut child = start(job, ranks, arguments, environment, &events)?;
     drop(events);
-    let first = watch(&happens, &mut started, job.grace);
-    for (_, child) in &mut started {
-        process::end(child).map_err(LauncherError::Wait)?;
-    }
+    let first = watch(&happens, &mut child, job.grace);
+    process::end(&mut child).map_err(LauncherError::Wait)?;
     // What was said last: the pipes close when nobody is left to write into them.
     let until = Instant::now() + LAST_WORDS;
     while let Ok(event) = happens.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -187,39 +172,35 @@ fn run_once(
     first
 }
 
-/// Shows what happens until all have ended, or the grace after the first failure is over.
+/// Shows what happens until the process has ended, or the grace after the first failure is over.
 fn watch(
     happens: &Receiver<Event>,
-    started: &mut [(usize, Child)],
+    child: &mut Child,
     grace: Duration,
 ) -> Result<Option<(usize, i32)>, LauncherError> {
     let mut first: Option<(usize, i32)> = None;
     let mut until: Option<Instant> = None;
-    let mut fail = |rank, code| {
+    let mut note = |rank, code| {
         if code != 0 && first.is_none() {
             first = Some((rank, code));
             until = Some(Instant::now() + grace);
         }
         until
     };
-    let mut ended = vec![false; started.len()];
     let mut end = None;
-    while ended.contains(&false) && end.is_none_or(|end| Instant::now() < end) {
+    while end.is_none_or(|end| Instant::now() < end) {
         match happens.recv_timeout(GLANCE) {
             Ok(Event::Line(rank, stream, text)) => process::show(rank, stream, &text),
-            Ok(Event::Ended(rank, code)) => end = fail(rank, code),
-            // Quiet, or nobody left to say anything: how are they?
+            Ok(Event::Ended(rank, code)) => end = note(rank, code),
+            // Quiet, or nobody left to say anything: how is it?
             Err(quiet) => {
+                if let Some(status) = child.try_wait().map_err(LauncherError::Wait)? {
+                    // Threads are all in it; of processes the shims have told before.
+                    note(0, process::code(status));
+                    break;
+                }
                 if quiet == RecvTimeoutError::Disconnected {
                     std::thread::sleep(GLANCE);
-                }
-                for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
-                    if !*ended
-                        && let Some(status) = child.try_wait().map_err(LauncherError::Wait)?
-                    {
-                        *ended = true;
-                        end = fail(*rank, process::code(status));
-                    }
                 }
             }
         }
@@ -227,50 +208,25 @@ fn watch(
     Ok(first)
 }
 
-/// Starts the processes of one attempt.
+/// Starts the process of one attempt, which holds all ranks or starts them.
 fn start(
     job: &Job,
     ranks: usize,
     arguments: &[OsString],
     environment: &Environment,
     events: &Sender<Event>,
-) -> Result<Vec<(usize, Child)>, LauncherError> {
+) -> Result<Child, LauncherError> {
     let master = environment.master();
-    let mut started = Vec::new();
-    let mut begin = |command: &mut Command, rank: usize| {
-        // What `mpirun` starts names its ranks itself.
-        let own = (job.transport != TransportKind::Mpi).then_some(rank);
-        match process::start(command, own, events) {
-            Ok(child) => {
-                started.push((rank, child));
-                Ok(())
-            }
-            Err(source) => {
-                // Those that have been started must not wait for ever.
-                for (_, child) in &mut started {
-                    let _ = process::end(child);
-                }
-                let program = command.get_program().to_string_lossy().into_owned();
-                Err(LauncherError::Start { program, source })
-            }
-        }
-    };
-    match job.transport {
+    let (mut command, rank) = match job.transport {
         TransportKind::Local => {
-            let place = environment.place_of(0, 1);
+            let place = Place {
+                rank: 0,
+                size: ranks,
+                local: 0,
+            };
             let mut command = Command::new(&job.program);
             command.args(arguments).envs(place.variables(&master));
-            command.env("WORLD_SIZE", ranks.to_string());
-            begin(&mut command, 0)?;
-        }
-        TransportKind::Nccl => {
-            for local in 0..ranks {
-                let place = environment.place_of(local, ranks);
-                let mut command = Command::new(&job.program);
-                command.args(["--transport", "nccl"]).args(arguments);
-                command.envs(place.variables(&master));
-                begin(&mut command, place.rank)?;
-            }
+            (command, Some(0))
         }
         TransportKind::Mpi => {
             let mut command = Command::new("mpirun");
@@ -279,13 +235,14 @@ fn start(
             command.env("OMPI_MCA_orte_abort_on_non_zero_status", "0");
             command.env("OMPI_MCA_orte_allowed_exit_without_sync", "1");
             command.envs(master.variables());
-            command
-                .arg(&job.program)
-                .arg("rank")
-                .arg("--")
-                .args(arguments);
-            begin(&mut command, 0)?;
+            let program = command.arg(&job.program);
+            program.arg("rank").arg("--").args(arguments);
+            // What `mpirun` starts names its ranks itself.
+            (command, None)
         }
-    }
-    Ok(started)
+    };
+    process::start(&mut command, rank, events).map_err(|source| LauncherError::Start {
+        program: command.get_program().to_string_lossy().into_owned(),
+        source,
+    })
 }
