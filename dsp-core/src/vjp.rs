@@ -61,20 +61,17 @@ pub fn attach1<const I: usize, const O: usize, E>(
 where
     E: Send + 'static,
 {
-    let output = untracked(output);
-    if !input.is_tracked() {
-        return constant_like(output, &input);
+    let inputs = [input];
+    match joined(&inputs, output, move |gradient| {
+        backward(gradient).map(|own| [own])
+    }) {
+        Joined::Constant(output) => output,
+        Joined::Tracked(output, pullback) => {
+            let [input] = inputs.map(Tensor::into_dispatch);
+            let output = <Dispatch as Attach>::attach1(input, output.into_dispatch(), pullback);
+            Tensor::from_dispatch(output)
+        }
     }
-    let shape = input.dims();
-    let pullback = Pullback::new(move |gradient| {
-        let gradient = Tensor::<O>::from_dispatch(gradient);
-        backward(gradient).map(|input| [checked(input, shape)])
-    });
-    Tensor::from_dispatch(<Dispatch as Attach>::attach1(
-        input.into_dispatch(),
-        output.into_dispatch(),
-        pullback,
-    ))
 }
 
 /// Attaches `output`, computed from two inputs outside the graph, to the graphs of the inputs: see [`attach3`].
@@ -93,23 +90,14 @@ pub fn attach2<const I: usize, const O: usize, E>(
 where
     E: Send + 'static,
 {
-    let output = untracked(output);
-    if !inputs.iter().any(Tensor::is_tracked) {
-        let like = inputs.iter().find(|input| input.is_autodiff());
-        return constant_like(output, like.unwrap_or(&inputs[0]));
+    match joined(&inputs, output, backward) {
+        Joined::Constant(output) => output,
+        Joined::Tracked(output, pullback) => {
+            let [a, b] = inputs.map(Tensor::into_dispatch);
+            let output = <Dispatch as Attach>::attach2(a, b, output.into_dispatch(), pullback);
+            Tensor::from_dispatch(output)
+        }
     }
-    let shapes = inputs.each_ref().map(Tensor::dims);
-    let pullback = Pullback::new(move |gradient| {
-        let gradient = Tensor::<O>::from_dispatch(gradient);
-        backward(gradient).map(|[a, b]| [checked(a, shapes[0]), checked(b, shapes[1])])
-    });
-    let [a, b] = inputs.map(Tensor::into_dispatch);
-    Tensor::from_dispatch(<Dispatch as Attach>::attach2(
-        a,
-        b,
-        output.into_dispatch(),
-        pullback,
-    ))
 }
 
 /// Attaches `output`, computed from three inputs outside the graph, to the graphs of the inputs.
@@ -131,30 +119,46 @@ pub fn attach3<const I: usize, const O: usize, E>(
 where
     E: Send + 'static,
 {
+    match joined(&inputs, output, backward) {
+        Joined::Constant(output) => output,
+        Joined::Tracked(output, pullback) => {
+            let [a, b, c] = inputs.map(Tensor::into_dispatch);
+            let output = <Dispatch as Attach>::attach3(a, b, c, output.into_dispatch(), pullback);
+            Tensor::from_dispatch(output)
+        }
+    }
+}
+
+/// An output, outside of any graph, and how it is to be joined to those of its inputs.
+enum Joined<const N: usize, const O: usize> {
+    /// Not at all: no input is tracked.
+    Constant(Tensor<O>),
+    /// By this pullback.
+    Tracked(Tensor<O>, Pullback<N>),
+}
+
+fn joined<const N: usize, const I: usize, const O: usize, E>(
+    inputs: &[Tensor<I>; N],
+    output: Tensor<O>,
+    backward: impl Fn(Tensor<O>) -> Result<[Tensor<I>; N], E> + Send + Sync + 'static,
+) -> Joined<N, O>
+where
+    E: Send + 'static,
+{
     let output = untracked(output);
     if !inputs.iter().any(Tensor::is_tracked) {
         let like = inputs.iter().find(|input| input.is_autodiff());
-        return constant_like(output, like.unwrap_or(&inputs[0]));
+        return Joined::Constant(constant_like(output, like.unwrap_or(&inputs[0])));
     }
     let shapes = inputs.each_ref().map(Tensor::dims);
     let pullback = Pullback::new(move |gradient| {
-        let gradient = Tensor::<O>::from_dispatch(gradient);
-        backward(gradient).map(|[a, b, c]| {
-            [
-                checked(a, shapes[0]),
-                checked(b, shapes[1]),
-                checked(c, shapes[2]),
-            ]
-        })
+        let mut index = 0;
+        Ok::<_, E>(backward(Tensor::from_dispatch(gradient))?.map(|gradient| {
+            index += 1;
+            checked(gradient, shapes[index - 1])
+        }))
     });
-    let [a, b, c] = inputs.map(Tensor::into_dispatch);
-    Tensor::from_dispatch(<Dispatch as Attach>::attach3(
-        a,
-        b,
-        c,
-        output.into_dispatch(),
-        pullback,
-    ))
+    Joined::Tracked(output, pullback)
 }
 
 /// `tensor` as a constant on the device of `like`: with autodiff, and its checkpointing strategy,
