@@ -12,6 +12,8 @@
 //! static MEMORY: CountingAllocator = CountingAllocator::new();
 //! ```
 
+#![expect(unsafe_code, reason = "an allocator is one by `unsafe`")]
+
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 

@@ -1,6 +1,7 @@
 //! Attention's memory grows with the length, not with its square.
 //!
 //! A test binary of its own, with one test: the allocator counts for the whole process.
+#![expect(unsafe_code, reason = "an allocator is one by `unsafe`")]
 #![cfg(feature = "flex")]
 #![allow(
     clippy::single_range_in_vec_init,

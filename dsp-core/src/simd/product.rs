@@ -20,6 +20,11 @@
 //!
 //! Source: Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", ACM TOMS 34(3), 2008.
 
+#![expect(
+    unsafe_code,
+    reason = "a matrix product that stays in registers reads and writes by address"
+)]
+
 use pulp::{Simd, WithSimd};
 
 /// Vectors in a row of a panel.

@@ -12,6 +12,11 @@
 //! Memory that is about to be written whole need not be cleared before: this module, and no other of the crate's
 //! transports, holds an `unsafe` for that.
 
+#![expect(
+    unsafe_code,
+    reason = "memory that is about to be written whole is not cleared before"
+)]
+
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -124,33 +129,65 @@ fn lay<E: Real>(
     (dim, held): (usize, &Range<usize>),
     slab: &mut [MaybeUninit<E>],
 ) -> usize {
-    let Region { start, mut extent } = tile.target;
+    let Region {
+        mut start,
+        mut extent,
+    } = tile.target;
     let first = start[dim].max(held.start);
     let end = (start[dim] + extent[dim]).min(held.end);
     if first >= end {
         return 0;
     }
-    extent[dim] = end - first;
     let skipped = (first - start[dim]) as isize;
+    (start[dim], extent[dim]) = (first - held.start, end - first);
+    let mut offsets: Vec<isize> = (tile.terms.iter())
+        .map(|term| term.offset + skipped * term.strides[dim])
+        .collect();
+    each_run(
+        Region { start, extent },
+        shape,
+        &tile.terms,
+        &mut offsets,
+        |offsets, run| add_up(&tile.terms, offsets, &mut slab[run]),
+    );
+    extent.iter().product()
+}
+
+/// Copies a box of a tensor into a block of `shape` that is there already.
+#[cfg(feature = "mpi")]
+pub(super) fn place<E: Real>(
+    term: Term<'_, E>,
+    target: Region,
+    shape: [usize; DIMS],
+    block: &mut [E],
+) {
+    let (mut offset, term) = ([term.offset], [term]);
+    each_run(target, shape, &term, &mut offset, |offset, run| {
+        block[run.clone()].copy_from_slice(term[0].run(offset[0], run.len()));
+    });
+}
+
+/// Walks through a box of a block of `shape` in the longest runs that lie end to end in it and in every term: tells
+/// where the run begins in each term, and which it is in the block. `offsets` are those of the box's first element.
+fn each_run<E: Real>(
+    target: Region,
+    shape: [usize; DIMS],
+    terms: &[Term<'_, E>],
+    offsets: &mut [isize],
+    mut tell: impl FnMut(&[isize], Range<usize>),
+) {
+    let Region { start, extent } = target;
     let mut strides = [1; DIMS];
     for dim in (0..DIMS - 1).rev() {
         strides[dim] = strides[dim + 1] * shape[dim + 1];
     }
-    let mut target = (0..DIMS)
-        .map(|dim| start[dim] * strides[dim])
-        .sum::<usize>();
-    target += (first - start[dim]) * strides[dim];
-    target -= held.start * strides[dim];
-    let mut offsets: Vec<isize> = (tile.terms.iter())
-        .map(|term| term.offset + skipped * term.strides[dim])
-        .collect();
-
+    let mut first: usize = (0..DIMS).map(|dim| start[dim] * strides[dim]).sum();
     // The dims from `inner` on are one run: they lie end to end in every source and in the target.
     let (mut inner, mut run) = (DIMS, 1);
     while inner > 0 {
         let dim = inner - 1;
         let in_source = |term: &Term<'_, E>| term.strides[dim] == run as isize;
-        let end_to_end = strides[dim] == run && tile.terms.iter().all(in_source);
+        let end_to_end = strides[dim] == run && terms.iter().all(in_source);
         if extent[dim] != 1 && !end_to_end {
             break;
         }
@@ -160,7 +197,7 @@ fn lay<E: Real>(
     let runs: usize = extent[..inner].iter().product();
     let mut index = [0; DIMS];
     for _ in 0..runs {
-        add_up(&tile.terms, &offsets, &mut slab[target..target + run]);
+        tell(offsets, first..first + run);
         // The next run, the last of the outer dims varying fastest.
         for dim in (0..inner).rev() {
             index[dim] += 1;
@@ -168,8 +205,8 @@ fn lay<E: Real>(
                 true => 1,
                 false => 1 - extent[dim] as isize,
             };
-            target = target.wrapping_add_signed(steps * strides[dim] as isize);
-            for (offset, term) in offsets.iter_mut().zip(&tile.terms) {
+            first = first.wrapping_add_signed(steps * strides[dim] as isize);
+            for (offset, term) in offsets.iter_mut().zip(terms) {
                 *offset += steps * term.strides[dim];
             }
             if steps == 1 {
@@ -178,7 +215,6 @@ fn lay<E: Real>(
             index[dim] = 0;
         }
     }
-    runs * run
 }
 
 /// Writes the sum of a run of each term.

@@ -3,6 +3,11 @@
 //! Five products a tile: scores and the weights' gradients, then what the tile adds to `dv`, `dk` and `dq`. The
 //! sums of `dk` and `dv` belong to the tile of keys and stay in the second cache.
 
+#![expect(
+    unsafe_code,
+    reason = "threads write rows of one tensor that they share out among themselves"
+)]
+
 use std::f64::consts::LOG2_E;
 use std::ops::Range;
 

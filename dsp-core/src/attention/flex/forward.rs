@@ -1,5 +1,10 @@
 //! The output and the logsumexp: for each strip of rows, tile by tile of keys, with an online softmax.
 
+#![expect(
+    unsafe_code,
+    reason = "threads write rows of one tensor that they share out among themselves"
+)]
+
 use std::f64::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 

@@ -1,5 +1,10 @@
 //! The rows of a tensor `[B, L, H, w]` in memory: read through strides, written by many threads.
 
+#![expect(
+    unsafe_code,
+    reason = "threads write rows of one tensor that they share out among themselves"
+)]
+
 use std::marker::PhantomData;
 
 use burn::backend::flex::FlexTensor;

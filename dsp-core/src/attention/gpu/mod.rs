@@ -6,6 +6,8 @@
 //!
 //! `kernels` computes, `rules` says which pairs are visible; here is the choice of the tile and the launch.
 
+#![expect(unsafe_code, reason = "kernels are launched")]
+
 mod kernels;
 mod rules;
 #[cfg(all(test, feature = "flex"))]

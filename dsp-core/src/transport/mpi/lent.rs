@@ -4,6 +4,8 @@
 //! started it. So memory and request are one value, [`Flight`], which keeps the memory until MPI is done with
 //! it, and *leaks* it if it is dropped before.
 
+#![expect(unsafe_code, reason = "memory is lent to MPI")]
+
 use std::any::Any;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
