@@ -202,6 +202,7 @@ impl Comparer {
             pass: Pass {
                 dtype: self.scenario.dtype.dtype(),
                 passes: self.scenario.passes,
+                reduce: self.scenario.reduce,
             },
             checked,
             decision: Mutex::new(decision),
@@ -298,7 +299,7 @@ struct Steps {
 impl Steps {
     fn run(&self, group: Group) -> Result<RankRuns, SubjectError> {
         let session = Session::new(self.strategy.clone(), group, self.subject.shape())?;
-        let subject = self.subject.on_rank(&session, self.pass);
+        let subject = self.subject.on_rank(&session, self.pass)?;
         self.first(&session, &*subject)?;
         let mut runs = Vec::new();
         for repeat in 0..self.repeats(&session)? {
@@ -318,10 +319,7 @@ impl Steps {
         let sends = session.expected_sends();
         let (backward, parameters) = match self.pass.passes {
             Passes::Forward => (0, 0),
-            Passes::ForwardBackward => {
-                let count = subject.reduced_parameters();
-                (sends.backward, session.expected_reduce(count))
-            }
+            Passes::ForwardBackward => (sends.backward, subject.expected_reduce()),
         };
         Ok(RankRuns {
             runs,

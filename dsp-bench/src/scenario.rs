@@ -8,6 +8,7 @@ use std::path::Path;
 
 use burn::tensor::DType;
 use dsp_models::language::Layers;
+use dsp_models::training::Reduce;
 use serde::{Deserialize, Serialize};
 
 use crate::subject::{LanguageSizes, Sizes, VideoSizes, VitSizes, WeatherSizes};
@@ -49,6 +50,9 @@ pub struct Scenario {
     pub mixtures: Vec<String>,
     /// What one repeat runs.
     pub passes: Passes,
+    /// When the ranks sum the parameters' gradients.
+    #[serde(default = "at_once")]
+    pub reduce: Reduce,
     /// The type of every float of the model and its input.
     pub dtype: Precision,
     /// Of weights and whatever else is random.
@@ -66,6 +70,10 @@ pub struct Scenario {
     pub deadline_seconds: f64,
     /// The model to run, and its input. (Last, for TOML wants tables after values.)
     pub model: ModelSizes,
+}
+
+fn at_once() -> Reduce {
+    Reduce::AtOnce
 }
 
 /// The models that there are, each with its own keys in the table `[model]`, which `kind` tells apart.

@@ -138,8 +138,8 @@ pub fn reduced_parameters<M: Module>(placed: &Placed<M>) -> usize {
 }
 
 /// Who takes part in a sum.
-#[derive(Clone, Copy, PartialEq)]
-enum Members {
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Members {
     /// The ranks over which one model is spread: sharded parameters stay out.
     OfOneModel,
     /// Ranks that hold the same parts.
@@ -208,14 +208,54 @@ impl<M> ModuleVisitor for Collect<'_, M> {
             let value = param.val().inner();
             Tensor::zeros(value.dims(), (&value.device(), value.dtype()))
         });
-        let gradient = match (placement, self.placed.cut(param.id)) {
-            (Placement::Shared { dim, ranges }, Some(cut)) => {
-                spread(gradient, *dim, ranges, cut.shape[*dim])
+        let lie = Lie::of(self.placed, param.id, self.members);
+        self.flat.push((param.id, lie.flat(gradient)));
+    }
+}
+
+/// How a parameter's gradient lies in a bucket: as it is, or, of a shared parameter, among zeros in its whole shape.
+#[derive(Debug, Clone)]
+pub(crate) struct Lie {
+    /// The dim, the ranges of it that are here, and the whole shape.
+    within: Option<(usize, Vec<Range<usize>>, Vec<usize>)>,
+}
+
+impl Lie {
+    pub(crate) fn of<M>(placed: &Placed<M>, id: ParamId, members: Members) -> Self {
+        let within = match (members, placed.placement(id), placed.cut(id)) {
+            (Members::OfOneModel, Placement::Shared { dim, ranges }, Some(cut)) => {
+                Some((*dim, ranges.clone(), cut.shape.clone()))
             }
-            _ => gradient,
+            _ => None,
+        };
+        Self { within }
+    }
+
+    /// How many elements of the bucket a parameter of this shape takes.
+    pub(crate) fn elements(&self, shape: &[usize]) -> usize {
+        let whole = self.within.as_ref().map_or(shape, |(.., whole)| whole);
+        whole.iter().product()
+    }
+
+    /// The gradient as the bucket has it.
+    pub(crate) fn flat<const D: usize>(&self, gradient: Tensor<D>) -> Tensor<1> {
+        let gradient = match &self.within {
+            Some((dim, ranges, whole)) => spread(gradient, *dim, ranges, whole[*dim]),
+            None => gradient,
         };
         let count = gradient.shape().num_elements();
-        self.flat.push((param.id, reshape(gradient, [count])));
+        reshape(gradient, [count])
+    }
+
+    /// The gradient of a parameter of this shape, from what the bucket has.
+    pub(crate) fn shaped<const D: usize>(&self, flat: Tensor<1>, shape: [usize; D]) -> Tensor<D> {
+        match &self.within {
+            Some((dim, ranges, whole)) => {
+                let whole = std::array::from_fn(|dim| whole[dim]);
+                select_ranges(reshape::<_, D>(flat, whole), *dim, ranges)
+            }
+            None => reshape(flat, shape),
+        }
     }
 }
 
@@ -263,14 +303,8 @@ impl<M> ModuleVisitor for Register<'_, M> {
         };
         let span = start..start + length;
         let sum = select_ranges(self.sums.clone(), 0, std::slice::from_ref(&span));
-        let placement = self.placed.placement(param.id);
-        let gradient = match (self.members, placement, self.placed.cut(param.id)) {
-            (Members::OfOneModel, Placement::Shared { dim, ranges }, Some(cut)) => {
-                let shape = std::array::from_fn(|dim| cut.shape[dim]);
-                select_ranges(reshape::<_, D>(sum, shape), *dim, ranges)
-            }
-            _ => reshape(sum, param.shape().dims::<D>()),
-        };
+        let lie = Lie::of(self.placed, param.id, self.members);
+        let gradient = lie.shaped(sum, param.shape().dims::<D>());
         self.gradients.register(param.id, gradient);
     }
 }

@@ -141,7 +141,8 @@ impl Group {
             ledger: self.ledger.clone(),
             key: (phase, collective),
             entry,
-            deadline: Instant::now() + self.timeout,
+            started: Instant::now(),
+            timeout: self.timeout,
         })
     }
 
@@ -192,7 +193,8 @@ pub struct InFlight {
     ledger: Arc<Ledger>,
     key: (Phase, Collective),
     entry: Entry,
-    deadline: Instant,
+    started: Instant,
+    timeout: Duration,
 }
 
 impl std::fmt::Debug for InFlight {
@@ -204,12 +206,18 @@ impl std::fmt::Debug for InFlight {
 }
 
 impl InFlight {
-    /// Waits for this rank's block of what was asked for, and enters it into the ledger.
+    /// Whether [`wait`](Self::wait) would return at once, or fail.
+    pub fn is_ready(&self) -> bool {
+        self.pending.is_ready()
+    }
+
+    /// Waits for this rank's block of what was asked for, and enters it into the ledger. The time-out counts from
+    /// here: what a rank did since the start is no waiting.
     ///
     /// # Errors
-    /// [`CommError`] if the group fails or the deadline passes.
+    /// [`CommError`] if the group fails or the time-out passes.
     pub fn wait(self) -> Result<Tensor<DIMS>, CommError> {
-        let arrival = self.pending.wait(self.deadline)?;
+        let arrival = self.pending.wait(Instant::now() + self.timeout)?;
         let (phase, collective) = self.key;
         self.ledger.record(
             phase,
@@ -217,6 +225,7 @@ impl InFlight {
             Entry {
                 waited: arrival.waited,
                 moved: arrival.moved,
+                under_way: self.started.elapsed(),
                 ..self.entry
             },
         );

@@ -10,6 +10,7 @@ use dsp_bench::scenario::{ModelKind, Passes, Scenario};
 use dsp_bench::tracefile::TraceFile;
 use dsp_bench::{report, table};
 use dsp_core::Engine;
+use dsp_models::training::Reduce;
 
 use super::{engine, shown};
 use crate::MEMORY;
@@ -37,6 +38,9 @@ pub(crate) struct CompareArgs {
     /// What a repeat runs.
     #[arg(long, value_enum)]
     passes: Option<Passes>,
+    /// Sum the parameters' gradients while the backward pass runs, bucket by bucket, instead of after it.
+    #[arg(long)]
+    overlap: bool,
     /// Write all that was found as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -65,6 +69,9 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
     scenario.threads_per_rank = args.threads.or(scenario.threads_per_rank);
     scenario.passes = args.passes.unwrap_or(scenario.passes);
+    if args.overlap {
+        scenario.reduce = Reduce::Overlapped;
+    }
     scenario.check(&scenario.name)?;
     let comparer = compare::Comparer::new(scenario)?.on(engine);
     if !engine::shows(engine) {

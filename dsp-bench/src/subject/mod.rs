@@ -15,6 +15,7 @@ mod video;
 mod vit;
 mod weather;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -26,8 +27,10 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::gradients::reduced_parameters;
 use dsp_core::ledger::Phase;
-use dsp_core::{CommError, Loss, ModelShape, Placed, PlanError, Session, Shard};
+use dsp_core::overlap::Reduction;
+use dsp_core::{CommError, Loss, ModelShape, Overlap, Placed, PlanError, Session, Shard};
 use dsp_models::error::{ConfigError, ModelError};
+use dsp_models::training::Reduce;
 use dsp_models::vit::gather_logits;
 use dsp_models::weights::{OriginalNames, WeightsError, named_gradients};
 
@@ -129,7 +132,14 @@ pub trait Subject: fmt::Debug + Send + Sync {
     fn shape(&self) -> ModelShape;
 
     /// This rank's part of it.
-    fn on_rank<'a>(&'a self, session: &'a Session, pass: Pass) -> Box<dyn OnRank + 'a>;
+    ///
+    /// # Errors
+    /// [`SubjectError`] if the ranks have failed.
+    fn on_rank<'a>(
+        &'a self,
+        session: &'a Session,
+        pass: Pass,
+    ) -> Result<Box<dyn OnRank + 'a>, SubjectError>;
 }
 
 /// What a model's file provides to be a [`Subject`].
@@ -159,6 +169,8 @@ pub struct Pass {
     pub dtype: DType,
     /// What is run.
     pub passes: Passes,
+    /// When the parameters' gradients are summed.
+    pub reduce: Reduce,
 }
 
 impl Pass {
@@ -245,8 +257,8 @@ pub trait OnRank {
     /// [`SubjectError`] if the ranks fail.
     fn whole(&self, gradients: StepGradients) -> Result<Gradients, SubjectError>;
 
-    /// How many numbers the sum of the parameters' gradients is of.
-    fn reduced_parameters(&self) -> usize;
+    /// How many numbers this rank sends for the sum of the parameters' gradients, by formula.
+    fn expected_reduce(&self) -> u64;
 }
 
 /// A [`Workload`] on a rank.
@@ -255,6 +267,9 @@ struct Placement<'a, W: Workload> {
     session: &'a Session,
     pass: Pass,
     placed: Placed<W::Module>,
+    overlap: Option<Overlap>,
+    /// Of the pass that is under way.
+    reduction: RefCell<Option<Reduction>>,
 }
 
 impl<W: Workload> Subject for W {
@@ -262,22 +277,37 @@ impl<W: Workload> Subject for W {
         Workload::shape(self)
     }
 
-    fn on_rank<'a>(&'a self, session: &'a Session, pass: Pass) -> Box<dyn OnRank + 'a> {
-        Box::new(Placement {
+    fn on_rank<'a>(
+        &'a self,
+        session: &'a Session,
+        pass: Pass,
+    ) -> Result<Box<dyn OnRank + 'a>, SubjectError> {
+        let overlap = match pass.reduce {
+            Reduce::AtOnce => None,
+            Reduce::Overlapped => Some(Overlap::new(session, Reduce::BUCKET)?),
+        };
+        Ok(Box::new(Placement {
             workload: self,
             session,
             pass,
             placed: self.place(session, &Device::flex().autodiff()),
-        })
+            overlap,
+            reduction: RefCell::new(None),
+        }))
     }
 }
 
 impl<W: Workload> OnRank for Placement<'_, W> {
     fn forward(&self) -> Result<Run, SubjectError> {
         let _span = tracing::info_span!("forward").entered();
-        let module = match self.pass.passes {
-            Passes::ForwardBackward => self.placed.module.clone(),
-            Passes::Forward => self.placed.module.valid(),
+        let module = match (self.pass.passes, &self.overlap) {
+            (Passes::Forward, _) => self.placed.module.valid(),
+            (Passes::ForwardBackward, None) => self.placed.module.clone(),
+            (Passes::ForwardBackward, Some(overlap)) => {
+                let (module, reduction) = overlap.begin(&self.placed, GradientsParams::new());
+                self.reduction.replace(Some(reduction));
+                module
+            }
         };
         self.workload.forward(&module, &self.pass, self.session)
     }
@@ -292,10 +322,11 @@ impl<W: Workload> OnRank for Placement<'_, W> {
             let zeros = || input.clone().inner().zeros_like();
             input.grad(&gradients).unwrap_or_else(zeros)
         });
-        Ok(StepGradients {
-            parameters: self.session.reduce(&mut gradients, &self.placed)?,
-            input,
-        })
+        let parameters = match self.reduction.take() {
+            Some(reduction) => reduction.finish(&mut gradients, &self.placed)?,
+            None => self.session.reduce(&mut gradients, &self.placed)?,
+        };
+        Ok(StepGradients { parameters, input })
     }
 
     fn output(&self, run: &Run) -> Result<TensorData, SubjectError> {
@@ -326,7 +357,10 @@ impl<W: Workload> OnRank for Placement<'_, W> {
         })
     }
 
-    fn reduced_parameters(&self) -> usize {
-        reduced_parameters(&self.placed)
+    fn expected_reduce(&self) -> u64 {
+        match &self.overlap {
+            Some(overlap) => overlap.expected_sends(&self.placed),
+            None => (self.session).expected_reduce(reduced_parameters(&self.placed)),
+        }
     }
 }

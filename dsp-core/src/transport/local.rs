@@ -277,6 +277,17 @@ struct LocalPending {
 }
 
 impl Pending for LocalPending {
+    fn is_ready(&self) -> bool {
+        let state = self.world.lock();
+        let posts = state.rounds.get(&self.key()).map(|round| &round.posts);
+        let has_posted = |rank: usize| posts.is_some_and(|posts| posts[rank].is_some());
+        let sends = |&rank: &usize| {
+            let parts = self.before.transfers(&self.after, rank, self.rank);
+            !parts.is_empty()
+        };
+        state.fate.is_some() || (0..self.id.members.len()).filter(sends).all(has_posted)
+    }
+
     fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
         let start = Instant::now();
         let size = self.id.members.len();

@@ -55,6 +55,11 @@ pub struct Arrival {
 
 /// An exchange under way.
 pub trait Pending: Send {
+    /// Whether [`wait`](Self::wait) would return at once, or fail. By default it is not known: never.
+    fn is_ready(&self) -> bool {
+        false
+    }
+
     /// Waits for what the other ranks send.
     ///
     /// # Errors

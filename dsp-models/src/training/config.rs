@@ -1,5 +1,7 @@
 //! How a training goes: samples, steps, learning rate, decay, clipping.
 
+use std::num::NonZeroUsize;
+
 use burn::config::Config;
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
@@ -66,6 +68,21 @@ impl Compute {
     }
 }
 
+/// When the ranks sum their gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reduce {
+    /// After the backward pass, all in one bucket.
+    AtOnce,
+    /// While the last backward pass of a step runs, in buckets of [`BUCKET`](Self::BUCKET) numbers and more.
+    Overlapped,
+}
+
+impl Reduce {
+    /// 4 MiB of f32.
+    pub const BUCKET: NonZeroUsize = NonZeroUsize::new(1 << 20).unwrap();
+}
+
 /// How a model is trained.
 #[derive(Config, Debug, PartialEq)]
 pub struct TrainingConfig {
@@ -106,6 +123,9 @@ pub struct TrainingConfig {
     /// The floats of the passes.
     #[config(default = "Compute::AsStored")]
     pub compute: Compute,
+    /// When the gradients are summed. It changes no number.
+    #[config(default = "Reduce::Overlapped")]
+    pub reduce: Reduce,
     /// Of the first weights, the samples and all else that is random.
     #[config(default = 1)]
     pub seed: u64,

@@ -27,7 +27,9 @@ mod store;
 mod trainer;
 
 pub use adamw::{AdamW, Moments};
-pub use config::{Compute, Decayed, Recompute, Schedule, TrainingConfig, TrainingConfigError};
+pub use config::{
+    Compute, Decayed, Recompute, Reduce, Schedule, TrainingConfig, TrainingConfigError,
+};
 pub use mesh::{Mesh, MeshError};
 pub use snapshot::{MANIFEST, Manifest, Snapshot, SnapshotError, Subject};
 pub use store::{Loaded, Store, StoreError, digest};

@@ -4,10 +4,10 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use dsp_core::strategy::Part;
-use dsp_core::{CommError, Loss, Placed, Session};
+use dsp_core::{CommError, Loss, Overlap, Placed, Session};
 
 use super::adamw::{AdamW, Moments};
-use super::config::{Compute, TrainingConfig};
+use super::config::{Compute, Reduce, TrainingConfig};
 use super::snapshot::Snapshot;
 
 /// A training under way, on one rank.
@@ -17,6 +17,8 @@ pub struct Trainer<M: Module> {
     optimizer: AdamW,
     config: TrainingConfig,
     steps: u64,
+    /// From the first step on, if gradients are summed while they are computed.
+    overlap: Option<Overlap>,
 }
 
 /// What a step was like, the same on every rank.
@@ -46,6 +48,7 @@ impl<M: Module> Trainer<M> {
             optimizer: AdamW::new(&config),
             config,
             steps: 0,
+            overlap: None,
         }
     }
 
@@ -67,6 +70,7 @@ impl<M: Module> Trainer<M> {
             optimizer: AdamW::with_moments(&config, &moments, snapshot.step),
             config,
             steps: snapshot.step,
+            overlap: None,
         }
     }
 
@@ -107,11 +111,22 @@ impl<M: Module> Trainer<M> {
     /// This rank's part of the model as passes compute with it: the weights themselves, or a copy in other floats
     /// whose gradients are theirs.
     pub fn computed(&self) -> M {
-        let module = self.model.module.clone();
+        self.in_floats(self.model.module.clone())
+    }
+
+    fn in_floats(&self, module: M) -> M {
         match self.config.compute {
             Compute::AsStored => module,
             Compute::Bf16 => module.map(&mut Copied(DType::BF16)),
         }
+    }
+
+    /// The groups for [`Reduce::Overlapped`], made once.
+    fn overlap(&mut self, session: &Session) -> Result<Option<Overlap>, CommError> {
+        if self.config.reduce == Reduce::Overlapped && self.overlap.is_none() {
+            self.overlap = Some(Overlap::new(session, Reduce::BUCKET)?);
+        }
+        Ok(self.overlap.clone())
     }
 
     /// One step: forward and backward of each part of this replica's samples, the sum over ranks and replicas, the
@@ -122,8 +137,8 @@ impl<M: Module> Trainer<M> {
     /// ranks of a replica have the same.
     ///
     /// # Cost
-    /// Beside the passes one all-reduce of the gradients over the ranks, one over the replicas, and two of a
-    /// number.
+    /// Beside the passes an all-reduce of the gradients over the ranks, one over the replicas, and two of a number;
+    /// under [`Reduce::Overlapped`] those of the gradients go bucket by bucket, while the last pass runs.
     ///
     /// # Errors
     /// What a part returns; [`CommError`] if a rank fails.
@@ -134,8 +149,18 @@ impl<M: Module> Trainer<M> {
     ) -> Result<Report, E> {
         let mut sum = GradientsAccumulator::<M>::new();
         let mut shown: Option<Tensor<1>> = None;
-        for part in parts {
-            let loss = part(&self.computed())?;
+        let mut reduced = None;
+        let mut parts = parts.into_iter().peekable();
+        while let Some(part) = parts.next() {
+            let is_last = parts.peek().is_none();
+            let (module, reduction) = match self.overlap(session)?.filter(|_| is_last) {
+                Some(overlap) => {
+                    let (module, reduction) = overlap.begin(&self.model, sum.grads());
+                    (module, Some(reduction))
+                }
+                None => (self.model.module.clone(), None),
+            };
+            let loss = part(&self.in_floats(module))?;
             let own = match &loss {
                 Loss::OfShard(loss) => loss.clone().inner(),
                 // It is there on every rank, and counts once.
@@ -149,14 +174,22 @@ impl<M: Module> Trainer<M> {
                 None => own,
             });
             let mut gradients = session.backward(loss)?;
-            let gradients = GradientsParams::from_module(&mut gradients, &self.model.module);
-            sum.accumulate(&self.model.module, gradients);
+            match reduction {
+                Some(reduction) => reduced = Some(reduction.finish(&mut gradients, &self.model)?),
+                None => {
+                    let module = &self.model.module;
+                    sum.accumulate(module, GradientsParams::from_module(&mut gradients, module));
+                }
+            }
         }
         let loss = match shown {
             Some(own) => session.sum_over_ranks(own)?.into_scalar::<f64>(),
             None => 0.0,
         };
-        let mut gradients = session.reduce_collected(sum.grads(), &self.model)?;
+        let mut gradients = match reduced {
+            Some(reduced) => reduced,
+            None => session.reduce_collected(sum.grads(), &self.model)?,
+        };
         let gradient_norm = session.gradient_norm(&gradients, &self.model)?;
         let scale = match self.config.clip_norm {
             Some(limit) if gradient_norm > limit => limit / gradient_norm,

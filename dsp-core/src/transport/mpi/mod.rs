@@ -23,7 +23,7 @@ mod progress;
 mod wire;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
@@ -368,6 +368,7 @@ impl Transport for MpiTransport {
         } = Parcels::pack(&exchange, rank);
         let bytes: usize = outgoing.iter().flatten().map(Outgoing::len).sum();
         job.process.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        let arrived = Arc::new(AtomicBool::new(false));
         job.process.command(Command::Enter(Box::new(Entry {
             launch: job.launch,
             group: self.group,
@@ -377,9 +378,11 @@ impl Transport for MpiTransport {
             digest: digest(&(&exchange.before, &exchange.after)),
             outgoing,
             incoming,
+            arrived: arrived.clone(),
         })));
         Ok(Box::new(MpiPending {
             job: job.clone(),
+            arrived,
             key: (self.group, sequence),
             call,
             unpacking,
@@ -398,12 +401,18 @@ impl Transport for MpiTransport {
 
 struct MpiPending {
     job: Arc<Job>,
+    /// A hint: what arrived is taken from the communication thread's answer.
+    arrived: Arc<AtomicBool>,
     key: Key,
     call: Call,
     unpacking: Unpacking,
 }
 
 impl Pending for MpiPending {
+    fn is_ready(&self) -> bool {
+        self.arrived.load(Ordering::Relaxed) || self.job.fate.get().is_some()
+    }
+
     fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
         let start = Instant::now();
         let Times { entered, .. } = {

@@ -17,7 +17,7 @@
 //! over, everybody that waits says so first, and who waits for nobody is the one that is named.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -100,6 +100,8 @@ pub(super) struct Entry {
     pub(super) digest: u64,
     pub(super) outgoing: Vec<Vec<Outgoing>>,
     pub(super) incoming: Vec<Vec<Incoming>>,
+    /// Set when all has arrived.
+    pub(super) arrived: Arc<AtomicBool>,
 }
 
 /// When what happened to an exchange that has arrived.
@@ -152,6 +154,7 @@ struct Own {
     missing: Vec<usize>,
     receiving: usize,
     entered: Option<Instant>,
+    arrived: Arc<AtomicBool>,
     waiter: Option<(Sender<Result<Times, CommError>>, Instant, Instant)>,
     taken: bool,
 }
@@ -381,6 +384,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             digest,
             outgoing,
             incoming,
+            arrived,
         } = entry;
         let Some(state) = self.launches.get_mut(&launch) else {
             return Ok(());
@@ -429,6 +433,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             missing,
             receiving: 0,
             entered: None,
+            arrived,
             waiter: None,
             taken: false,
         });
@@ -541,11 +546,12 @@ impl<'s, 'env> Progress<'s, 'env> {
         };
         if own.missing.is_empty() {
             let entered = *own.entered.get_or_insert_with(Instant::now);
-            if own.receiving == 0
-                && let Some((answer, ..)) = own.waiter.take()
-            {
-                let _ = answer.send(Ok(Times { entered }));
-                own.taken = true;
+            if own.receiving == 0 {
+                own.arrived.store(true, Ordering::Relaxed);
+                if let Some((answer, ..)) = own.waiter.take() {
+                    let _ = answer.send(Ok(Times { entered }));
+                    own.taken = true;
+                }
             }
         }
         if own.taken && round.heard.len() + 1 == own.members.len() {
