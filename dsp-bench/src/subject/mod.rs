@@ -70,6 +70,9 @@ pub enum SubjectError {
     /// A picture cannot be written.
     #[error(transparent)]
     Picture(#[from] PictureError),
+    /// The device stopped working.
+    #[error("the device failed: {0}")]
+    Device(String),
     /// The gradients cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -152,9 +155,11 @@ trait Workload: fmt::Debug + Send + Sync {
     ) -> Result<Run, SubjectError>;
 }
 
-/// How a pass is made: the element type, and whether a backward pass follows.
-#[derive(Debug, Clone, Copy)]
+/// How a pass is made: where, in which element type, and whether a backward pass follows.
+#[derive(Debug, Clone)]
 pub struct Pass {
+    /// Where this rank computes, without autodiff.
+    pub device: Device,
     /// The type of every float.
     pub dtype: DType,
     /// What is run.
@@ -178,8 +183,8 @@ impl Pass {
     /// A forward pass alone keeps no graph.
     fn device(&self) -> Device {
         match self.passes {
-            Passes::ForwardBackward => Device::flex().autodiff(),
-            Passes::Forward => Device::flex(),
+            Passes::ForwardBackward => self.device.clone().autodiff(),
+            Passes::Forward => self.device.clone(),
         }
     }
 }
@@ -266,8 +271,8 @@ impl<W: Workload> Subject for W {
         Box::new(Placement {
             workload: self,
             session,
+            placed: self.place(session, &pass.device.clone().autodiff()),
             pass,
-            placed: self.place(session, &Device::flex().autodiff()),
         })
     }
 }
