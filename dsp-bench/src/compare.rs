@@ -10,15 +10,17 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::{Phase, Traffic as LedgerReading};
 use dsp_core::{
     CommError, Engine, Group, Launch, LaunchError, PlanError, SequenceParallel, Session,
 };
+use dsp_models::training::Reduce;
 use dsp_strategies::UnknownStrategy;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::Devices;
 use crate::progress::Progress;
 use crate::record::{
     CollectiveCount, Comparison, Difference, Equality, Measured, Memory, Outcome, RankSeconds,
@@ -77,6 +79,7 @@ pub struct Comparer {
     subject: Arc<dyn Subject>,
     cases: Vec<CaseOf>,
     engine: Engine,
+    devices: Devices,
 }
 
 impl Comparer {
@@ -114,6 +117,7 @@ impl Comparer {
             subject,
             cases,
             engine: Engine::Threads,
+            devices: Devices::default(),
         })
     }
 
@@ -127,6 +131,12 @@ impl Comparer {
         }
     }
 
+    /// Where the ranks compute, if not on the processor.
+    #[must_use]
+    pub fn with_devices(self, devices: Devices) -> Self {
+        Self { devices, ..self }
+    }
+
     /// What will be run, in order.
     pub fn cases(&self) -> &[CaseOf] {
         &self.cases
@@ -138,7 +148,7 @@ impl Comparer {
     /// [`CompareError`] if serial fails; any other case's failure is its row.
     pub fn run(&self, progress: &Progress, meter: &dyn Meter) -> Result<Comparison, CompareError> {
         let started = Instant::now();
-        let mut comparison = Comparison::begin(self.scenario.clone(), "flex");
+        let mut comparison = Comparison::begin(self.scenario.clone(), &self.devices.to_string());
         let mut reference = None;
         for (index, case) in self.cases.iter().enumerate() {
             let name = case.name.as_str();
@@ -199,11 +209,10 @@ impl Comparer {
             subject: self.subject.clone(),
             strategy,
             model: self.scenario.model.kind().name(),
-            pass: Pass {
-                dtype: self.scenario.dtype.dtype(),
-                passes: self.scenario.passes,
-                reduce: self.scenario.reduce,
-            },
+            devices: self.devices.clone(),
+            dtype: self.scenario.dtype.dtype(),
+            passes: self.scenario.passes,
+            reduce: self.scenario.reduce,
             checked,
             decision: Mutex::new(decision),
         };
@@ -289,7 +298,10 @@ struct Steps {
     strategy: Arc<dyn SequenceParallel>,
     /// The model's kind, for the trace.
     model: &'static str,
-    pass: Pass,
+    devices: Devices,
+    dtype: DType,
+    passes: Passes,
+    reduce: Reduce,
     /// Where rank 0 sends what the first run gave, and its seconds.
     checked: mpsc::Sender<(Outputs, f64)>,
     /// From where it gets the number of timed runs; none if the first differed from serial.
@@ -299,8 +311,14 @@ struct Steps {
 impl Steps {
     fn run(&self, group: Group) -> Result<RankRuns, SubjectError> {
         let session = Session::new(self.strategy.clone(), group, self.subject.shape())?;
-        let subject = self.subject.on_rank(&session, self.pass)?;
-        self.first(&session, &*subject)?;
+        let pass = Pass {
+            device: self.devices.of_rank(session.group().rank()),
+            dtype: self.dtype,
+            passes: self.passes,
+            reduce: self.reduce,
+        };
+        let subject = self.subject.on_rank(&session, pass.clone())?;
+        self.first(&session, &*subject, &pass.device)?;
         let mut runs = Vec::new();
         for repeat in 0..self.repeats(&session)? {
             self.barrier(session.group())?;
@@ -309,15 +327,16 @@ impl Steps {
             let _span = tracing::info_span!("step", model, strategy, repeat).entered();
             let start = Instant::now();
             let run = subject.forward()?;
-            if self.pass.passes == Passes::ForwardBackward {
+            if self.passes == Passes::ForwardBackward {
                 subject.backward(&run)?;
             }
+            finish(&pass.device)?;
             let elapsed = start.elapsed().as_secs_f64();
             runs.push((elapsed, session.group().ledger().take()));
         }
-        let width = self.pass.dtype.size() as u64;
+        let width = self.dtype.size() as u64;
         let sends = session.expected_sends();
-        let (backward, parameters) = match self.pass.passes {
+        let (backward, parameters) = match self.passes {
             Passes::Forward => (0, 0),
             Passes::ForwardBackward => (sends.backward, subject.expected_reduce()),
         };
@@ -328,13 +347,19 @@ impl Steps {
     }
 
     /// The run that is held to serial: rank 0 hands over its outputs, whole; they are the same on all ranks.
-    fn first(&self, session: &Session, subject: &dyn OnRank) -> Result<(), SubjectError> {
+    fn first(
+        &self,
+        session: &Session,
+        subject: &dyn OnRank,
+        device: &Device,
+    ) -> Result<(), SubjectError> {
         let start = Instant::now();
         let run = subject.forward()?;
-        let gradients = match self.pass.passes {
+        let gradients = match self.passes {
             Passes::Forward => None,
             Passes::ForwardBackward => Some(subject.backward(&run)?),
         };
+        finish(device)?;
         let seconds = start.elapsed().as_secs_f64();
         let output = subject.output(&run)?;
         let gradients = gradients.map(|gradients| subject.whole(gradients));
@@ -355,20 +380,26 @@ impl Steps {
             }
             _ => 0,
         };
-        let own = self.token().add_scalar(own as f64);
+        let own = self.token(session.group()).add_scalar(own as f64);
         let all = all_reduce_in(own, Phase::Outside, session.group())?;
         Ok(all.into_scalar::<f64>() as usize)
     }
 
     /// Everybody waits for everybody, so that no rank's start is another's waiting.
     fn barrier(&self, group: &Group) -> Result<(), CommError> {
-        all_reduce_in(self.token(), Phase::Outside, group).map(drop)
+        all_reduce_in(self.token(group), Phase::Outside, group).map(drop)
     }
 
     /// One number, for the ranks to wait for each other by.
-    fn token(&self) -> Tensor<1> {
-        Tensor::zeros([1], (&Device::flex(), self.pass.dtype))
+    fn token(&self, group: &Group) -> Tensor<1> {
+        Tensor::zeros([1], (&self.devices.of_rank(group.rank()), self.dtype))
     }
+}
+
+/// Waits until a device has done all that it was told: GPUs work behind.
+fn finish(device: &Device) -> Result<(), SubjectError> {
+    let done = device.sync();
+    done.map_err(|error| SubjectError::Device(error.to_string()))
 }
 
 enum Stop {

@@ -6,6 +6,7 @@
 //! | [`text`] | text, a token a byte |
 //! | [`fields`] | real weather: variables over time, latitude and longitude from a NetCDF file |
 //! | [`subject`] | the models that it may run, each with its sizes and input, and one step of them |
+//! | [`devices`] | where the ranks compute |
 //! | [`compare`] | runs every strategy on every number of ranks: equality first, then times |
 //! | [`record`] | what was found: the one source of [`table`], JSON and [`report`] |
 //! | [`train`] | models learn from real data, with checkpoints |
@@ -16,6 +17,7 @@
 pub mod allocator;
 pub mod clip;
 pub mod compare;
+pub mod devices;
 pub mod fields;
 pub mod launcher;
 pub mod progress;

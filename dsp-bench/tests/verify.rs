@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use common::{Refusal, linear_refusal, softmax_refusal};
+use dsp_bench::devices::Devices;
 use dsp_bench::reference::ReferenceError;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{Options, Record, VerifyError, verify};
@@ -23,6 +24,7 @@ fn options(precision: Precision, tolerance: f64) -> Options {
         tolerance,
         ranks: RANKS.to_vec(),
         engine: dsp_core::Engine::Threads,
+        devices: Devices::default(),
     }
 }
 

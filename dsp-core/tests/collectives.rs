@@ -10,7 +10,9 @@ mod common;
 use std::sync::{Arc, Barrier};
 
 use burn::tensor::{DType, Device, Tensor};
-use common::{Held, bits, dtypes, engine, launch, noise, partitions, random, ranks, values};
+use common::{
+    Held, bits, device, dtypes, engine, launch, noise, partitions, random, ranks, tries, values,
+};
 use dsp_core::blocks::{Blocks, DimBlocks};
 use dsp_core::collective::{self, all_reduce_in, relayout};
 use dsp_core::cost::{self, Elements};
@@ -71,11 +73,12 @@ where
 {
     let inputs = Arc::new((blocks.to_vec(), cotangents.to_vec()));
     launch(blocks.len(), move |group| -> Result<_, CommError> {
-        let device = match mode {
-            Mode::Checkpointed => Device::flex().autodiff().gradient_checkpointing(),
-            Mode::Leaf | Mode::Strided => Device::flex().autodiff(),
-        };
         let block = &inputs.0[group.rank()];
+        let device = device(block.dtype()).autodiff();
+        let device = match mode {
+            Mode::Checkpointed => device.gradient_checkpointing(),
+            Mode::Leaf | Mode::Strided => device,
+        };
         let cotangent = &inputs.1[group.rank()];
         let cotangent = Tensor::from_data(cotangent.to_data(), (&device, block.dtype()));
         let (y, gradient) = match mode {
@@ -229,7 +232,7 @@ fn to_each(ranks: usize, anything: usize) -> u64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(tries(40))]
 
     #[test]
     fn all_gather_is_the_concatenation_and_its_backward_the_sum_of_the_parts(
@@ -550,7 +553,7 @@ fn layouts(lengths: [usize; 3], ranks: usize) -> Vec<Layout> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(10))]
+    #![proptest_config(tries(10))]
 
     #[test]
     fn relayout_leads_from_every_layout_to_every_other_or_says_that_nothing_does(
@@ -702,7 +705,7 @@ fn delivered(from: &Holds, to: &Holds, rank: usize) -> (u64, u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(tries(60))]
 
     #[test]
     fn exchange_sums_in_rank_order_whatever_the_ranks_hold_and_want(
@@ -765,7 +768,7 @@ proptest! {
 fn an_axis_of_length_zero_goes_through_every_collective() {
     let partition = Partition::balanced(0, 3);
     let shapes = launch(3, move |group| -> Result<_, CommError> {
-        let device = Device::flex().autodiff();
+        let device = device(DType::F32).autodiff();
         let x = Tensor::<3>::zeros([2, 0, 3], &device).require_grad();
         let gathered = collective::all_gather(x.clone(), 1, &partition, &group)?;
         let scattered = collective::reduce_scatter(gathered, 1, &partition, &group)?;
@@ -784,7 +787,7 @@ fn an_axis_of_length_zero_goes_through_every_collective() {
 fn untracked_tensors_stay_untracked_with_and_without_an_autodiff_device() {
     launch(2, |group| -> Result<(), CommError> {
         let partition = Partition::balanced(3, 2);
-        for device in [Device::flex(), Device::flex().autodiff()] {
+        for device in [device(DType::F32), device(DType::F32).autodiff()] {
             let x = Tensor::<1>::zeros([partition.count(group.rank())], &device);
             let y = collective::all_gather(x.clone(), 0, &partition, &group)?;
             assert!(!y.is_tracked());
@@ -797,11 +800,44 @@ fn untracked_tensors_stay_untracked_with_and_without_an_autodiff_device() {
 }
 
 #[test]
+fn ranks_on_different_devices_get_what_they_need_where_they_are() {
+    // Where no GPU's backend is compiled in, both are the processor.
+    let seen = launch(2, |group| -> Result<_, CommError> {
+        let own = match group.rank() {
+            0 => Device::flex(),
+            _ => device(DType::F32),
+        };
+        let partition = Partition::balanced(4, 2);
+        let block = random([2, 2], group.rank() as u64, DType::F32);
+        let x = leaf(&block, &own.clone().autodiff());
+        let whole = collective::all_gather(x.clone(), 0, &partition, &group)?;
+        let sum = collective::all_reduce(whole.clone(), &group)?;
+        let gradients = (sum.clone() * sum.clone()).sum().backward();
+        let gradient = x.grad(&gradients).unwrap();
+        for device in [whole.device(), sum.device(), gradient.device()] {
+            assert_eq!(device, own);
+        }
+        Ok([values(&whole), values(&sum), values(&gradient)])
+    })
+    .unwrap();
+    let blocks = [0, 1].map(|seed| random([2, 2], seed, DType::F32));
+    let whole: Vec<f64> = blocks.iter().flat_map(values).collect();
+    for (rank, [of_gather, of_sum, gradient]) in seen.iter().enumerate() {
+        assert_eq!(of_gather, &whole);
+        let doubled: Vec<f64> = whole.iter().map(|x| 2.0 * x).collect();
+        assert_eq!(of_sum, &doubled);
+        // Four times 2·(2x): each of two ranks sums the squares of what each of two ranks gathered.
+        let expected = values(&blocks[rank]).into_iter().map(|x| 16.0 * x);
+        assert_eq!(gradient, &expected.collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn a_loss_after_a_gather_and_an_all_reduced_loss_on_every_rank_count_once_for_each_rank() {
     // What is differentiated is the sum of the ranks' losses, so that N equal losses count N times; it is
     // `Loss::OfWhole` that divides.
     let gradients = launch(3, |group| -> Result<_, CommError> {
-        let device = Device::flex().autodiff();
+        let device = device(DType::F32).autodiff();
         let partition = Partition::balanced(3, 3);
         let x = Tensor::<1>::ones([1], &device).require_grad();
         let whole = collective::all_gather(x.clone(), 0, &partition, &group)?;
@@ -904,7 +940,7 @@ fn two_groups_of_the_same_ranks_do_not_mix_whatever_the_order_of_waiting() {
             collective: Collective::AllGather,
             phase: Phase::Outside,
             tracking: Tracking::Untracked,
-            tensor: Tensor::<5>::full([1, 1, 1, 1, 1], value, &Device::flex()),
+            tensor: Tensor::<5>::full([1, 1, 1, 1, 1], value, &device(DType::F32)),
             before: Arc::new(
                 Blocks::replicated([1, 2, 1, 1, 1], group.size())
                     .with_dim(1, DimBlocks::split(&partition)),
@@ -968,7 +1004,7 @@ fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
         let partition = Partition::balanced(2, 2);
         let shape = [1, 2, 1, 1, 4];
         let whole = Blocks::replicated(shape, 2);
-        let kept = Tensor::<5>::ones([1, 1, 1, 1, 4], &Device::flex());
+        let kept = Tensor::<5>::ones([1, 1, 1, 1, 4], &device(DType::F32));
         let flight = group.start(Request {
             collective: Collective::AllGather,
             phase: Phase::Outside,
@@ -997,7 +1033,7 @@ fn a_receivers_changes_in_place_do_not_reach_the_sender() {
     let barrier = Arc::new(Barrier::new(2));
     dsp_core::launch(2, move |group| -> Result<(), CommError> {
         // A broadcast hands the root's own tensor on without a copy.
-        let x = Tensor::<1>::full([4], group.rank() as f64, &Device::flex());
+        let x = Tensor::<1>::full([4], group.rank() as f64, &device(DType::F32));
         let y = collective::broadcast(x.clone(), 0, &group)?;
         assert_eq!(values(&y), [0.0; 4]);
         let changed = y.add_scalar(5.0 + group.rank() as f64);

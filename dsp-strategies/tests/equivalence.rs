@@ -11,7 +11,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{
     Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, launch, linear_cases,
-    noise, run, values, whole,
+    noise, run, tries, values, whole,
 };
 use dsp_core::attention::{Documents, Dropout, DropoutKey, Logsumexp, Within};
 use dsp_core::session::Attend;
@@ -107,7 +107,7 @@ fn check_all(case: &Case, ranks: usize, dtype: DType, tolerance: f64) -> Result<
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(tries(60))]
 
     #[test]
     fn two_axes_give_the_serial_results_in_f64(case in cases(2), ranks in 1usize..=5) {
@@ -134,7 +134,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(30))]
+    #![proptest_config(tries(30))]
 
     #[test]
     fn replicas_of_every_strategy_give_the_serial_gradients_of_all_samples(
@@ -208,7 +208,7 @@ fn check_forms(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(tries(60))]
 
     #[test]
     fn linear_attention_gives_the_serial_results_in_f64(
@@ -279,7 +279,7 @@ fn mixtures() -> Vec<Arc<dyn SequenceParallel>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(tries(40))]
 
     #[test]
     fn a_mixture_runs_each_stage_with_one_of_its_parts_and_gives_the_serial_results(
@@ -296,7 +296,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(tries(40))]
 
     #[test]
     fn every_mesh_of_usp_gives_the_serial_results(

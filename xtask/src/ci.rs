@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::architecture::{self, Package};
 use crate::command::{answers, cargo, installed, run};
+use crate::gpu::{self, Gpu};
 use crate::mpi;
 
 /// Where the reference files stand that `dsp verify` is run on: a folder takes all of its files.
@@ -62,6 +63,7 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
         steps.step("tests", || crate::test(&[]))?;
     }
     steps.step("the main job", main_job)?;
+    steps.step("a GPU, in software", on_lavapipe)?;
     steps.summary();
     Ok(())
 }
@@ -169,6 +171,15 @@ fn main_job() -> Result<()> {
         }
     }
     run(Command::new(&dsp).args(["compare", "--scenario", "small"]))
+}
+
+/// What computes on a GPU, on Mesa's software device where it is installed.
+fn on_lavapipe() -> Result<()> {
+    if gpu::lavapipe().is_some() {
+        return gpu::gpu(&Gpu::Lavapipe);
+    }
+    println!("left out: Mesa's lavapipe is not installed (Debian: mesa-vulkan-drivers libvulkan1)");
+    Ok(())
 }
 
 /// The reference files of [`FIXTURES`] under `root`, in the order of their names.

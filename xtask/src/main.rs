@@ -1,4 +1,4 @@
-//! The project's tasks, as `cargo xtask <task>`: `bench`, `test`, `ci`, `architecture`.
+//! The project's tasks, as `cargo xtask <task>`: `bench`, `test`, `gpu`, `ci`, `architecture`.
 //!
 //! A task only says which cargo commands are run, in which order. This crate depends on no other
 //! of the workspace, so that it is built in seconds and works while they do not compile.
@@ -11,6 +11,7 @@
 mod architecture;
 mod ci;
 mod command;
+mod gpu;
 mod mpi;
 
 use std::ffi::OsString;
@@ -47,6 +48,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
+    /// What computes on a GPU, and a small head-to-head: on a GPU, or on Mesa's software device
+    Gpu {
+        /// lavapipe (Mesa's software device), wgpu (the system's GPU), or cuda:0 and cuda:0,1 (NVIDIA's)
+        #[arg(default_value = "lavapipe")]
+        device: gpu::Gpu,
+    },
     /// Everything that must hold before a change lands, from cheap to dear
     Ci {
         /// Leaves out the tests, for a caller that runs `cargo xtask test` itself
@@ -81,6 +88,7 @@ fn perform(task: Task) -> Result<ExitCode> {
             args,
         } => return bench(&args),
         Task::Test { args } => test(&args)?,
+        Task::Gpu { device } => gpu::gpu(&device)?,
         Task::Ci { skip_tests } => ci::ci(skip_tests)?,
         Task::Architecture => architecture::check()?,
     }

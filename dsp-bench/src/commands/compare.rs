@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use dsp_bench::compare::{self, Meter};
+use dsp_bench::devices::DeviceChoice;
 use dsp_bench::progress::Progress;
 use dsp_bench::scenario::{ModelKind, Passes, Scenario};
 use dsp_bench::tracefile::TraceFile;
@@ -32,6 +33,9 @@ pub(crate) struct CompareArgs {
     /// Only these numbers of ranks, e.g. 1,2,4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    #[arg(long, value_name = "DEVICE", default_value = "flex")]
+    device: DeviceChoice,
     /// The compute threads of each rank; by default the ranks share the cores.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -73,7 +77,10 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         scenario.reduce = Reduce::Overlapped;
     }
     scenario.check(&scenario.name)?;
-    let comparer = compare::Comparer::new(scenario)?.on(engine);
+    let devices = args.device.open(scenario.dtype.dtype())?;
+    let comparer = (compare::Comparer::new(scenario)?)
+        .on(engine)
+        .with_devices(devices);
     if !engine::shows(engine) {
         comparer.run(&Progress::lines(0, Box::new(std::io::sink())), &Unmetered)?;
         return Ok(ExitCode::SUCCESS);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, TableStyle};
+use dsp_bench::devices::DeviceChoice;
 use dsp_bench::scenario::ModelKind;
 use dsp_bench::train::{
     self, Begin, Change, Outcome, RunConfig, Shown, Watch, config_of, metrics_of,
@@ -35,6 +36,9 @@ pub(crate) struct TrainArgs {
     /// The strategy by name, a mixture's parts joined by +.
     #[arg(long, value_name = "NAME")]
     strategy: Option<String>,
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<DeviceChoice>,
     /// Ranks that share a sequence: --ranks 4 is --mesh sp=4.
     #[arg(long, value_name = "N", conflicts_with = "mesh")]
     ranks: Option<usize>,
@@ -125,9 +129,11 @@ fn changes(args: &TrainArgs) -> Vec<Change> {
         value,
     };
     let number = |number: u64| toml::Value::Integer(i64::try_from(number).unwrap_or(i64::MAX));
+    let device = args.device.as_ref().map(ToString::to_string);
     let mesh = args.mesh.or(args.ranks.map(|sp| Mesh { sp, dp: 1 }));
     let mut changes = Vec::new();
     changes.extend((args.strategy.clone()).map(|name| change("strategy", name.into())));
+    changes.extend(device.map(|device| change("device", device.into())));
     changes.extend(mesh.into_iter().flat_map(|mesh| {
         [("mesh.sp", mesh.sp), ("mesh.dp", mesh.dp)]
             .map(|(key, size)| change(key, number(size as u64)))

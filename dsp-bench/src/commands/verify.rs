@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use dsp_bench::devices::DeviceChoice;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{self, Record};
 use dsp_core::Engine;
@@ -25,6 +26,9 @@ pub(crate) struct VerifyArgs {
     /// The numbers of ranks; by default 1, 2, 3 and 4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    #[arg(long, value_name = "DEVICE", default_value = "flex")]
+    device: DeviceChoice,
     /// Write one record per file, case, tensor, strategy, ranks and dtype, and one per refusal, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -51,6 +55,7 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
         !args.ranks.iter().flatten().any(|&ranks| ranks == 0),
         "--ranks 0: a run needs at least one rank"
     );
+    let devices = args.device.open(precision.dtype())?;
     // By default on as many as there are; who names more is told.
     let most = match args.ranks {
         Some(_) => usize::MAX,
@@ -65,6 +70,7 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
         tolerance,
         ranks,
         engine: engine.clone(),
+        devices,
     };
     let mut records = Vec::new();
     for file in &args.files {

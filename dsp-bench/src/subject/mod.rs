@@ -73,6 +73,9 @@ pub enum SubjectError {
     /// A picture cannot be written.
     #[error(transparent)]
     Picture(#[from] PictureError),
+    /// The device stopped working.
+    #[error("the device failed: {0}")]
+    Device(String),
     /// The gradients cannot be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
@@ -162,9 +165,11 @@ trait Workload: fmt::Debug + Send + Sync {
     ) -> Result<Run, SubjectError>;
 }
 
-/// How a pass is made: the element type, and whether a backward pass follows.
-#[derive(Debug, Clone, Copy)]
+/// How a pass is made: where, in which element type, and whether a backward pass follows.
+#[derive(Debug, Clone)]
 pub struct Pass {
+    /// Where this rank computes, without autodiff.
+    pub device: Device,
     /// The type of every float.
     pub dtype: DType,
     /// What is run.
@@ -190,8 +195,8 @@ impl Pass {
     /// A forward pass alone keeps no graph.
     fn device(&self) -> Device {
         match self.passes {
-            Passes::ForwardBackward => Device::flex().autodiff(),
-            Passes::Forward => Device::flex(),
+            Passes::ForwardBackward => self.device.clone().autodiff(),
+            Passes::Forward => self.device.clone(),
         }
     }
 }
@@ -289,8 +294,8 @@ impl<W: Workload> Subject for W {
         Ok(Box::new(Placement {
             workload: self,
             session,
+            placed: self.place(session, &pass.device.clone().autodiff()),
             pass,
-            placed: self.place(session, &Device::flex().autodiff()),
             overlap,
             reduction: RefCell::new(None),
         }))

@@ -9,6 +9,7 @@ use dsp_models::training::{Mesh, Subject, TrainingConfig, TrainingConfigError, d
 use serde::{Deserialize, Serialize};
 
 use super::vit::TURNS;
+use crate::devices::DeviceChoice;
 use crate::scenario::{ModelKind, ModelSizes, Precision, Rules, ScenarioError};
 
 /// The runs that are compiled in.
@@ -32,6 +33,9 @@ pub struct RunConfig {
     pub strategy: String,
     /// The type of every float.
     pub dtype: Precision,
+    /// Where the ranks compute. A run may go on elsewhere.
+    #[serde(default)]
+    pub device: DeviceChoice,
     /// Steps between two evaluations of the held-out samples; there is one at the end in any case.
     pub evaluate_every: u64,
     /// Steps between two checkpoints; there is one at the end in any case.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 use dsp_core::{
     CommError, Engine, Group, Launch, LaunchError, PlanError, SequenceParallel, Session,
 };
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{RunConfig, RunConfigError};
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
+use crate::devices::{DeviceError, Devices};
 use crate::subject::SubjectError;
 
 const CONFIG: &str = "config.toml";
@@ -37,6 +38,9 @@ pub enum TrainError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] RunConfigError),
+    /// No device to compute on.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A strategy that is not compiled in.
     #[error(transparent)]
     Strategy(#[from] UnknownStrategy),
@@ -235,6 +239,9 @@ pub(super) fn run<T: Task>(
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 ) -> Result<Outcome, TrainError> {
     let strategy = dsp_strategies::by_name(&config.strategy)?;
+    // Weights and their averages have one type, what is computed perhaps another.
+    let devices = (config.device).open(config.dtype.dtype())?;
+    (config.device).open(config.training.compute.dtype(config.dtype.dtype()))?;
     let largest = largest_part(config);
     strategy.plan(&task.shape(largest), config.mesh.sp)?;
     let subject = config.subject()?;
@@ -287,6 +294,7 @@ pub(super) fn run<T: Task>(
         config: config.clone(),
         subject,
         strategy,
+        devices,
         template,
         start,
         writer,
@@ -427,6 +435,7 @@ struct Shared<T: Task> {
     config: RunConfig,
     subject: Subject,
     strategy: Arc<dyn SequenceParallel>,
+    devices: Devices,
     template: T::Module,
     start: Option<Snapshot<T::Module>>,
     /// In the process that holds rank 0.
@@ -458,9 +467,10 @@ impl<T: Task> Shared<T> {
             others: RefCell::default(),
         };
         let session = &sessions.first;
+        let device = self.devices.of_rank(world.rank()).autodiff();
         let device = match training.recompute {
-            Recompute::Nothing => Device::flex().autodiff(),
-            Recompute::Cheap => Device::flex().autodiff().gradient_checkpointing(),
+            Recompute::Nothing => device,
+            Recompute::Cheap => device.gradient_checkpointing(),
         };
         let role = |path: &str| task.role(path);
         let mut trainer = match &self.start {

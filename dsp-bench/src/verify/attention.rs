@@ -87,9 +87,10 @@ impl Case for AttentionCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let session = Session::new(strategy, group, self.shape())?;
         let (group, rank) = (session.group(), session.group().rank());
         let [q, k, v, dout] = self.inputs.each_ref().map(|stored| {

@@ -89,9 +89,10 @@ impl Case for LlamaCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let [batch, length] = self.tokens.dims();
         let shape = self.config.shape(batch, length, &Mask::Causal);
         let session = Session::new(strategy, group, shape)?;
@@ -182,9 +183,10 @@ impl Case for AttentionCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let [batch, length, channels] = [self.x.shape[0], self.x.shape[1], self.x.shape[2]];
         let heads = Units::Query(self.stage.heads);
         let model = ModelShape {

@@ -103,6 +103,7 @@ impl Case for OtherCase {
         &self,
         _strategy: Arc<dyn SequenceParallel>,
         _group: Group,
+        _device: &Device,
         _dtype: DType,
     ) -> Result<Produced, CaseError> {
         Err(CaseError::NotApplicable(
@@ -120,9 +121,10 @@ impl Case for LinearCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let [batch, heads, length, dim] = std::array::from_fn(|dim| self.inputs[0].shape[dim]);
         let width = self.inputs[2].shape[3];
         // Heads have one width here: the narrower of the two gets channels of 0, which change nothing.

@@ -51,14 +51,14 @@ impl Case for MergeCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex();
         let [batch, length, heads, dim] = std::array::from_fn(|dim| self.inputs[0].shape[dim]);
         let tensors = self
             .inputs
             .each_ref()
-            .map(|stored| stored.tensor::<4>(&device, dtype));
+            .map(|stored| stored.tensor::<4>(device, dtype));
         let all = Heads::multi(heads, dim);
         let stage = AttentionStage::softmax(AxisSet::of(&[SeqAxis::FIRST]), all, Mask::Full);
         let scale = stage.scale;

@@ -18,10 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Device};
 use dsp_core::{Engine, Launch, LaunchError, PlanError, SequenceParallel};
 use serde::{Deserialize, Serialize};
 
+use crate::devices::Devices;
 use crate::record::{RELATIVE_FLOOR, scientific};
 use crate::reference::{Reference, ReferenceError, Stored};
 use crate::scenario::Precision;
@@ -40,7 +41,7 @@ pub trait Case: Send + Sync {
         tolerance
     }
 
-    /// Runs it on this rank and returns the whole tensors; every rank returns the same.
+    /// Runs it on this rank's device and returns the whole tensors; every rank returns the same.
     ///
     /// # Errors
     /// Whatever ends the run; a [`PlanError`] before any work is a refusal.
@@ -48,6 +49,7 @@ pub trait Case: Send + Sync {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: dsp_core::Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError>;
 }
@@ -111,6 +113,8 @@ pub struct Options {
     pub ranks: Vec<usize>,
     /// On what they run.
     pub engine: Engine,
+    /// Where the ranks compute.
+    pub devices: Devices,
 }
 
 /// One finding of a verification.
@@ -338,12 +342,14 @@ fn run(
 ) -> Result<Run, LaunchError> {
     let (case, strategy) = (case.clone(), strategy.clone());
     let (dtype, engine) = (options.precision.dtype(), options.engine.clone());
+    let devices = options.devices.clone();
     let launch = Launch::new(ranks)
         .timeout(Duration::from_secs(120))
         .on(&options.engine);
     let runs = launch.run_shared(move |group| {
         let before = engine.sent_bytes();
-        let outcome = match case.run(strategy.clone(), group.clone(), dtype) {
+        let device = devices.of_rank(group.rank());
+        let outcome = match case.run(strategy.clone(), group.clone(), &device, dtype) {
             Ok(produced) => Ok(produced),
             // Every rank refuses alike, before any work: no failure of the launch.
             Err(CaseError::Refused(refusal)) => Err(refusal.to_string()),

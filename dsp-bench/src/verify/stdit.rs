@@ -105,9 +105,10 @@ impl Case for BlockCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let BlockFile {
             batch,
             frames,
@@ -311,9 +312,10 @@ impl Case for ModelCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let [video, text, dout] = &self.inputs;
         let five = |stored: &Stored| -> [usize; 5] { std::array::from_fn(|dim| stored.shape[dim]) };
         let [batch, _, frames, height, width] = five(video);

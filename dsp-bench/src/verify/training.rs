@@ -114,6 +114,7 @@ impl Case for TrainingCase {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
         let Some(first) = self.batches.first() else {
@@ -127,7 +128,7 @@ impl Case for TrainingCase {
             roles(&self.config),
             self.training.clone(),
             &session,
-            &Device::flex().autodiff(),
+            &device.clone().autodiff(),
         );
         let mut produced = Produced::new();
         let mut reports: Vec<Report> = Vec::new();

@@ -107,9 +107,10 @@ impl<M: Named> Case for VitCase<M> {
         &self,
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
+        device: &Device,
         dtype: DType,
     ) -> Result<Produced, CaseError> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let batch = self.labels.len();
         let session = Session::new(strategy, group, self.config.shape(batch))?;
         let template = of_dtype(&self.templates, dtype);

@@ -1,11 +1,18 @@
 //! Lays boxes of the peers' tensors into this rank's block: the one copy of the local transport.
 //!
 //! On Flex the boxes are read through the peers' strides and written in the block's final order, in one pass
-//! ([`tiles`](super::tiles)). Other backends go through Burn's own slices.
+//! ([`tiles`](super::tiles)). Other backends go through Burn's own slices; a box on another device is brought over
+//! first, by Burn, and only the box.
+//!
+//! A GPU works behind, each thread in a queue of its own, and Burn writes in place once nobody else holds a tensor, also
+//! where another thread's queue has yet to read it (CubeCL 0.11 orders reads after writes between queues, and not writes
+//! after reads). So there a tensor is always copied, and held until the device has done it.
 
-use burn::tensor::{DType, Tensor};
+use std::sync::{Mutex, PoisonError};
 
-use crate::blocks::{DIMS, Transfer};
+use burn::tensor::{DType, Device, Tensor};
+
+use crate::blocks::{DIMS, Region, Transfer};
 
 /// A peer's tensor and the boxes of it that land here.
 pub(super) struct Source {
@@ -13,20 +20,32 @@ pub(super) struct Source {
     pub(super) transfers: Vec<Transfer>,
 }
 
-/// The block of `shape` that the boxes of all sources add up to, in the order of `sources`.
+/// Between two devices a copy has a sender and a receiver, who wait for each other. Two ranks that ask for
+/// copies across each other must enter them in one order on both devices, or both could wait for ever.
+#[derive(Debug, Default)]
+pub(super) struct Crossing(Mutex<()>);
+
+/// The block of `shape` on `device` that the boxes of all sources add up to, in the order of `sources`.
 ///
-/// Elements that no source touches are 0. `sources` must not be empty: the dtype and device are theirs.
-pub(super) fn assemble(shape: [usize; DIMS], sources: Vec<Source>) -> Tensor<DIMS> {
-    if let Some(tensor) = handed_over(shape, &sources) {
+/// Elements that no source touches are 0. `sources` must not be empty: the dtype is theirs.
+/// Who is not on the processor keeps the sources until the device is done ([`Device::sync`]).
+pub(super) fn assemble(
+    shape: [usize; DIMS],
+    sources: &[Source],
+    device: &Device,
+    crossing: &Crossing,
+) -> Tensor<DIMS> {
+    if let Some(tensor) = handed_over(shape, sources, device) {
         return tensor;
     }
     #[cfg(feature = "flex")]
     {
-        let tensor = &sources[0].tensor;
-        if *tensor.device().as_dispatch() == *burn::tensor::Device::flex().as_dispatch() {
-            let block = match tensor.dtype() {
-                DType::F32 => flex::assemble::<f32>(shape, &sources),
-                DType::F64 => flex::assemble::<f64>(shape, &sources),
+        let flex = Device::flex();
+        let all_here = sources.iter().all(|source| source.tensor.device() == flex);
+        if *device == flex && all_here {
+            let block = match sources[0].tensor.dtype() {
+                DType::F32 => flex::assemble::<f32>(shape, sources),
+                DType::F64 => flex::assemble::<f64>(shape, sources),
                 _ => None,
             };
             if let Some(block) = block {
@@ -34,11 +53,11 @@ pub(super) fn assemble(shape: [usize; DIMS], sources: Vec<Source>) -> Tensor<DIM
             }
         }
     }
-    portable(shape, sources)
+    portable(shape, sources, device, crossing)
 }
 
 /// The one source's tensor itself, where the whole of it is the whole block: nothing is copied then.
-fn handed_over(shape: [usize; DIMS], sources: &[Source]) -> Option<Tensor<DIMS>> {
+fn handed_over(shape: [usize; DIMS], sources: &[Source], device: &Device) -> Option<Tensor<DIMS>> {
     let mut busy = sources.iter().filter(|source| !source.transfers.is_empty());
     let (source, None) = (busy.next()?, busy.next()) else {
         return None;
@@ -46,28 +65,57 @@ fn handed_over(shape: [usize; DIMS], sources: &[Source]) -> Option<Tensor<DIMS>>
     let [transfer] = source.transfers[..] else {
         return None;
     };
-    (transfer.source.extent == shape && source.tensor.dims() == shape)
-        .then(|| source.tensor.clone())
+    let whole = transfer.source.extent == shape && source.tensor.dims() == shape;
+    let here = source.tensor.device() == *device;
+    (whole && here && works_at_once(device)).then(|| source.tensor.clone())
 }
 
-fn portable(shape: [usize; DIMS], sources: Vec<Source>) -> Tensor<DIMS> {
-    let first = &sources[0].tensor;
-    let dtype: DType = first.dtype();
-    let mut block = Tensor::<DIMS>::zeros(shape, (&first.device(), dtype));
+/// Whether what an operation returns is computed already.
+fn works_at_once(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    return *device == Device::flex();
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = device;
+        false
+    }
+}
+
+fn portable(
+    shape: [usize; DIMS],
+    sources: &[Source],
+    device: &Device,
+    crossing: &Crossing,
+) -> Tensor<DIMS> {
+    let dtype: DType = sources[0].tensor.dtype();
+    let mut block = Tensor::<DIMS>::zeros(shape, (device, dtype));
+    // What lands on a place that is written already is added. (Where only a part of it is, the rest is 0.)
+    let mut written: Vec<Region> = vec![];
     for source in sources {
-        for transfer in source.transfers {
-            let ranges = |region: crate::blocks::Region| {
-                std::array::from_fn::<_, DIMS, _>(|dim| {
-                    region.start[dim]..region.start[dim] + region.extent[dim]
-                })
+        for transfer in &source.transfers {
+            let arriving = source.tensor.clone().slice(transfer.source.ranges());
+            let arriving = bring(arriving, device, crossing);
+            let target = transfer.target.ranges();
+            let arriving = match written
+                .iter()
+                .any(|earlier| earlier.overlaps(&transfer.target))
+            {
+                true => block.clone().slice(target.clone()) + arriving,
+                false => arriving,
             };
-            let arriving = source.tensor.clone().slice(ranges(transfer.source));
-            let target = ranges(transfer.target);
-            let sum = block.clone().slice(target.clone()) + arriving;
-            block = block.slice_assign(target, sum);
+            block = block.slice_assign(target, arriving);
+            written.push(transfer.target);
         }
     }
     block
+}
+
+fn bring(tensor: Tensor<DIMS>, device: &Device, crossing: &Crossing) -> Tensor<DIMS> {
+    if tensor.device() == *device {
+        return tensor;
+    }
+    let _order = crossing.0.lock().unwrap_or_else(PoisonError::into_inner);
+    tensor.to_device(device)
 }
 
 #[cfg(feature = "flex")]
@@ -116,7 +164,7 @@ mod flex {
 #[cfg(test)]
 #[cfg(feature = "flex")]
 mod tests {
-    use burn::tensor::{Device, TensorData};
+    use burn::tensor::TensorData;
 
     use super::*;
     use crate::blocks::{Blocks, DimBlocks};
@@ -153,7 +201,7 @@ mod tests {
                 };
                 let local = after.local_shape(rank);
                 let fast = flex::assemble::<f32>(local, &sources()).unwrap();
-                portable(local, sources())
+                portable(local, &sources(), &Device::flex(), &Crossing::default())
                     .into_data()
                     .assert_eq(&fast.into_data(), true);
             }

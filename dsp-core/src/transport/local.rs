@@ -3,16 +3,17 @@
 //! A rank posts a handle of its tensor and reads its peers' parts straight from their memory when all those
 //! that it needs have posted. Nothing is serialised and nothing is packed: each element is copied once, by
 //! the rank that receives it. A posted handle shares its tensor, so the poster may go on at once: Burn copies
-//! on write.
+//! on write. Ranks may be on different devices: what lies on another one is brought over. On a GPU a rank waits until its copies
+//! are made ([`copy`](super::copy)).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
-use super::copy::{Source, assemble};
+use super::copy::{Crossing, Source, assemble};
 use super::position::{GroupId, Position};
 use super::waits::{self, Wait};
 use super::{Arrival, Exchange, Pending, Transport};
@@ -25,6 +26,7 @@ pub(crate) struct World {
     state: Mutex<State>,
     changed: Condvar,
     ranks: usize,
+    crossing: Crossing,
 }
 
 #[derive(Debug, Default)]
@@ -76,6 +78,7 @@ impl World {
             state: Mutex::new(state),
             changed: Condvar::new(),
             ranks,
+            crossing: Crossing::default(),
         })
     }
 
@@ -225,6 +228,7 @@ impl Transport for LocalTransport {
             call,
             before: post.before.clone(),
             after: post.after.clone(),
+            device: post.tensor.device(),
         };
         round.posts[self.position.rank] = Some(post);
         drop(state);
@@ -274,6 +278,8 @@ struct LocalPending {
     call: Call,
     before: Arc<Blocks>,
     after: Arc<Blocks>,
+    /// Where this rank's tensors are: the peers' may be elsewhere.
+    device: Device,
 }
 
 impl Pending for LocalPending {
@@ -308,11 +314,18 @@ impl Pending for LocalPending {
             .collect::<Vec<_>>();
         let _span = tracing::info_span!("communication", call = %self.call).entered();
         let tensor = if sources.is_empty() {
-            let own = self.own_tensor()?;
-            Tensor::zeros(shape, (&own.device(), own.dtype()))
+            Tensor::zeros(shape, (&self.device, self.call.dtype))
         } else {
-            assemble(shape, sources)
+            assemble(shape, &sources, &self.device, &self.world.crossing)
         };
+        // A GPU reads the peers' tensors later: until then they are held, and so not written to.
+        if let Err(error) = self.device.sync() {
+            return Err(self.world.fail(CommError::Engine {
+                rank: self.id.members[self.rank],
+                message: error.to_string(),
+            }));
+        }
+        drop(sources);
         self.take();
         Ok(Arrival {
             tensor,
@@ -383,21 +396,6 @@ impl LocalPending {
                 .changed
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn own_tensor(&self) -> Result<Tensor<DIMS>, CommError> {
-        let state = self.world.lock();
-        if let Some(fate) = &state.fate {
-            return Err(fate.clone());
-        }
-        let post = state
-            .rounds
-            .get(&self.key())
-            .and_then(|round| round.posts[self.rank].as_ref());
-        match post {
-            Some(post) => Ok(post.tensor.clone()),
-            None => unreachable!("a round lasts until every member has taken its part"),
         }
     }
 

@@ -5,11 +5,14 @@
     reason = "a test whose preparation fails has failed"
 )]
 
+mod device;
 mod engine;
 
 use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
+#[allow(unused_imports, reason = "each test binary uses its own part of this")]
+pub(crate) use device::{device, tries};
 use dsp_core::Partition;
 #[allow(unused_imports, reason = "each test binary uses its own part of this")]
 pub(crate) use engine::{engine, launch};

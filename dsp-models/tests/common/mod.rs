@@ -6,6 +6,8 @@
     reason = "each test binary uses a part; a test that cannot read its file has failed"
 )]
 
+#[path = "../../../dsp-core/tests/common/device.rs"]
+mod device;
 #[path = "../../../dsp-core/tests/common/engine.rs"]
 mod engine;
 pub(crate) mod language;
@@ -37,6 +39,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use device::device;
 use engine::engine;
 
 /// Every strategy, serial first, but those for another form of attention: those that refuse softmax attention over
@@ -226,7 +229,7 @@ impl PairsCase {
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
     ) -> Result<(BTreeMap<String, Values>, Account), ModelError> {
-        let device = Device::flex().autodiff();
+        let device = device(self.dtype).autodiff();
         let leaf3 = |values: &Values| values.tensor::<3>(&device, self.dtype).require_grad();
         let dims = &self.x.shape;
         let depth = self.template.spatial_blocks.len();
@@ -322,7 +325,7 @@ impl ModelCase {
         strategy: Arc<dyn SequenceParallel>,
         group: Group,
     ) -> Result<(BTreeMap<String, Values>, Account), ModelError> {
-        let device = Device::flex().autodiff();
+        let device = device(self.dtype).autodiff();
         let dims = &self.video.shape;
         let mut shape = self.config.shape(dims[0], dims[2], dims[3], dims[4]);
         shape.output = self.output;

@@ -8,6 +8,8 @@
     reason = "a test whose preparation fails has failed"
 )]
 
+#[path = "../../../dsp-core/tests/common/device.rs"]
+mod device;
 #[path = "../../../dsp-core/tests/common/engine.rs"]
 mod engine;
 
@@ -19,6 +21,8 @@ use std::sync::Arc;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData, module};
+#[allow(unused_imports, reason = "each test binary uses its own part of this")]
+pub(crate) use device::{device, tries};
 use dsp_core::attention::{Documents, Dropout, DropoutKey, Within};
 use dsp_core::cost::Elements;
 use dsp_core::gradients::reduced_parameters;
@@ -445,8 +449,8 @@ pub(crate) fn run_replicas(
                 _ => world.along(inside)?,
             };
             let device = match case.checkpointing {
-                Checkpointing::Off => Device::flex().autodiff(),
-                Checkpointing::On => Device::flex().autodiff().gradient_checkpointing(),
+                Checkpointing::Off => device(dtype).autodiff(),
+                Checkpointing::On => device(dtype).autodiff().gradient_checkpointing(),
             };
             let mut session = Session::new(strategy.clone(), group, case.shape())?;
             if replicas > 1 {

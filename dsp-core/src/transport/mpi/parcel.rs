@@ -17,7 +17,7 @@ use super::wire::{Route, route};
 use crate::blocks::{Blocks, DIMS, Transfer};
 use crate::shape::reshape;
 use crate::transport::Exchange;
-use crate::transport::copy::{self, Source};
+use crate::transport::copy::{self, Crossing, Source};
 
 /// A rank's part in an exchange, ready to travel.
 pub(super) struct Parcels {
@@ -120,7 +120,7 @@ impl Unpacking {
                 sources.retain(|source| !source.transfers.is_empty());
                 match sources.is_empty() {
                     true => Tensor::zeros(shape, (&host, dtype)),
-                    false => copy::assemble(shape, sources),
+                    false => copy::assemble(shape, &sources, &host, &Crossing::default()),
                 }
             }
         };
