@@ -31,6 +31,20 @@ fn the_first_failures_exit_code_is_the_launchers_and_lines_have_their_rank() {
     );
 }
 
+#[cfg(not(feature = "nccl"))]
+#[test]
+fn each_rank_with_a_gpu_is_a_process_of_its_own_and_says_how_to_build_it() {
+    let output = launch(&["-n", "2", "--transport", "nccl", "--", "compare"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    for rank in 0..2 {
+        let expected = format!("[{rank}] dsp: --transport nccl: this program was built without it");
+        assert!(errors.contains(&expected), "{errors}");
+    }
+}
+
 #[test]
 fn what_has_no_checkpoint_is_not_started_again() {
     let arguments = [

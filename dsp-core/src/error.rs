@@ -207,7 +207,7 @@ pub enum CommError {
     },
     /// A launch of more ranks than processes were started for it.
     #[error(
-        "a launch of {asked} ranks on {started} processes: under MPI a process is a rank, so start {asked} of them"
+        "a launch of {asked} ranks on {started} processes: a process is a rank here, so start {asked} of them"
     )]
     Processes {
         /// The ranks that were asked for.

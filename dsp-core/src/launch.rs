@@ -1,5 +1,5 @@
 //! Runs a function on every rank, each with a pool of cores of its own, and ends all of them with one error if
-//! one fails. What a rank is, a thread or an MPI process, is a value: [`Engine`].
+//! one fails. What a rank is, a thread or a process, is a value: [`Engine`].
 
 use std::any::Any;
 use std::error::Error as StdError;
@@ -8,12 +8,19 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use burn::tensor::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::error::{Call, CommError};
 use crate::group::Group;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+use crate::transport::Transport;
 use crate::transport::local::World;
+#[cfg(feature = "mpi")]
+use crate::transport::mpi;
+#[cfg(feature = "nccl")]
+use crate::transport::nccl;
 
 /// The error type that a rank's function may return: anything that converts into a boxed error.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
@@ -47,7 +54,10 @@ pub enum Engine {
     Threads,
     /// Processes that MPI started, this one among them: each holds one rank.
     #[cfg(feature = "mpi")]
-    Mpi(crate::transport::mpi::Mpi),
+    Mpi(mpi::Mpi),
+    /// Processes with a GPU each, this one among them: each holds one rank, whose tensors are on its GPU.
+    #[cfg(feature = "nccl")]
+    Nccl(nccl::Nccl),
 }
 
 impl Engine {
@@ -57,6 +67,19 @@ impl Engine {
             Self::Threads => 0..ranks,
             #[cfg(feature = "mpi")]
             Self::Mpi(mpi) => mpi.rank().min(ranks)..(mpi.rank() + 1).min(ranks),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(nccl) => nccl.rank().min(ranks)..(nccl.rank() + 1).min(ranks),
+        }
+    }
+
+    /// Where the tensors of this process's rank must be, where the engine moves those of one device only.
+    pub fn device(&self) -> Option<Device> {
+        match self {
+            Self::Threads => None,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(_) => None,
+            #[cfg(feature = "nccl")]
+            Self::Nccl(nccl) => Some(nccl.device()),
         }
     }
 
@@ -66,6 +89,8 @@ impl Engine {
             Self::Threads => None,
             #[cfg(feature = "mpi")]
             Self::Mpi(mpi) => Some(mpi.sent_bytes()),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(nccl) => Some(nccl.sent_bytes()),
         }
     }
 }
@@ -134,6 +159,8 @@ impl Launch {
             Engine::Threads => self.run_threads(function),
             #[cfg(feature = "mpi")]
             Engine::Mpi(mpi) => self.run_process(&mpi, function),
+            #[cfg(feature = "nccl")]
+            Engine::Nccl(nccl) => self.run_process(&nccl, function),
         }
     }
 
@@ -156,9 +183,20 @@ impl Launch {
                 // Everybody, so that those hear of it that had no part in the launch.
                 let everybody = Self::new(mpi.size()).timeout(timeout);
                 let all = everybody.run_process(&mpi, move |group| {
-                    crate::share::share(&own, &burn::tensor::Device::flex(), &group)
+                    crate::share::share(&own, &Device::flex(), &group)
                 })?;
                 Ok(all.into_iter().flatten().flatten().collect())
+            }
+            #[cfg(feature = "nccl")]
+            Engine::Nccl(nccl) => {
+                let timeout = self.timeout;
+                let own = self.run_process(&nccl, function)?;
+                let all = nccl.share(&own, timeout).map_err(|root| LaunchError {
+                    root,
+                    source: None,
+                    abandoned: vec![],
+                })?;
+                Ok(all.into_iter().flatten().collect())
             }
         }
     }
@@ -200,10 +238,10 @@ impl Launch {
     }
 
     /// This process's part of a launch on processes.
-    #[cfg(feature = "mpi")]
+    #[cfg(any(feature = "mpi", feature = "nccl"))]
     fn run_process<T, E, F>(
         self,
-        mpi: &crate::transport::mpi::Mpi,
+        processes: &impl Processes,
         function: F,
     ) -> Result<Vec<T>, LaunchError>
     where
@@ -216,17 +254,17 @@ impl Launch {
             source,
             abandoned: vec![],
         };
-        if self.ranks > mpi.size() {
-            let (asked, started) = (self.ranks, mpi.size());
+        if self.ranks > processes.size() {
+            let (asked, started) = (self.ranks, processes.size());
             return Err(failed(CommError::Processes { asked, started }, None));
         }
-        let job = Arc::new(mpi.open(self.ranks, self.timeout));
-        let threads = self.threads_per_rank.unwrap_or(mpi.cores());
-        let ending = job.transport().map(|transport| {
+        let job = Arc::new(processes.open(self.ranks, self.timeout));
+        let threads = self.threads_per_rank.unwrap_or(processes.cores());
+        let ending = processes.transport(&job).map(|transport| {
             let group = Group::new(transport, self.timeout);
-            run_rank(mpi.rank(), threads, &*job, || function(group))
+            run_rank(processes.rank(), threads, &*job, || function(group))
         });
-        let ended = job.finish();
+        let ended = processes.finish(&job);
         match (ending, ended) {
             (Some(Ok(value)), Ok(())) => Ok(vec![value]),
             (None, Ok(())) => Ok(vec![]),
@@ -257,13 +295,107 @@ impl Fails for World {
 }
 
 #[cfg(feature = "mpi")]
-impl Fails for crate::transport::mpi::Job {
+impl Fails for mpi::Job {
     fn fail(&self, cause: CommError) -> CommError {
         Self::fail(self, cause)
     }
 
     fn last_call(&self, _rank: usize) -> Option<Call> {
         Self::last_call(self)
+    }
+}
+
+#[cfg(feature = "nccl")]
+impl Fails for nccl::Job {
+    fn fail(&self, cause: CommError) -> CommError {
+        Self::fail(self, cause)
+    }
+
+    fn last_call(&self, _rank: usize) -> Option<Call> {
+        Self::last_call(self)
+    }
+}
+
+/// Processes, of which each holds one rank.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+trait Processes {
+    /// A launch on the first of them, as this one sees it.
+    type Job: Fails;
+
+    /// Which of them this is.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn size(&self) -> usize;
+
+    /// How many cores this one has.
+    fn cores(&self) -> usize;
+
+    /// Begins a launch on the first `ranks`.
+    fn open(&self, ranks: usize, timeout: Duration) -> Self::Job;
+
+    /// This process's end of the group of all ranks; none if it has no part in the launch.
+    fn transport(&self, job: &Arc<Self::Job>) -> Option<Arc<dyn Transport>>;
+
+    /// Says that this process's rank has returned, and waits for the others; the root cause if one has failed.
+    fn finish(&self, job: &Self::Job) -> Result<(), CommError>;
+}
+
+#[cfg(feature = "mpi")]
+impl Processes for mpi::Mpi {
+    type Job = mpi::Job;
+
+    fn rank(&self) -> usize {
+        Self::rank(self)
+    }
+
+    fn size(&self) -> usize {
+        Self::size(self)
+    }
+
+    fn cores(&self) -> usize {
+        Self::cores(self)
+    }
+
+    fn open(&self, ranks: usize, timeout: Duration) -> mpi::Job {
+        Self::open(self, ranks, timeout)
+    }
+
+    fn transport(&self, job: &Arc<mpi::Job>) -> Option<Arc<dyn Transport>> {
+        job.transport()
+    }
+
+    fn finish(&self, job: &mpi::Job) -> Result<(), CommError> {
+        job.finish()
+    }
+}
+
+#[cfg(feature = "nccl")]
+impl Processes for nccl::Nccl {
+    type Job = nccl::Job;
+
+    fn rank(&self) -> usize {
+        Self::rank(self)
+    }
+
+    fn size(&self) -> usize {
+        Self::size(self)
+    }
+
+    fn cores(&self) -> usize {
+        Self::cores(self)
+    }
+
+    fn open(&self, ranks: usize, timeout: Duration) -> nccl::Job {
+        Self::open(self, ranks, timeout)
+    }
+
+    fn transport(&self, job: &Arc<nccl::Job>) -> Option<Arc<dyn Transport>> {
+        Self::transport(self, job)
+    }
+
+    fn finish(&self, job: &nccl::Job) -> Result<(), CommError> {
+        job.finish(Vec::new()).map(drop)
     }
 }
 

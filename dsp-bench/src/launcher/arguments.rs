@@ -66,6 +66,20 @@ impl Environment {
         Some(Place { rank, size, local })
     }
 
+    /// Where a process's ranks meet: where the first one is, as all of them were told the same; anywhere, if it is
+    /// alone.
+    pub fn meeting(&self, place: Place) -> Option<String> {
+        let told = self.0.contains_key("MASTER_ADDR") && self.0.contains_key("MASTER_PORT");
+        (told || place.size == 1).then(|| {
+            let Master { address, port } = self.master();
+            match address.contains(':') {
+                // Of the sixth version.
+                true => format!("[{address}]:{port}"),
+                false => format!("{address}:{port}"),
+            }
+        })
+    }
+
     /// Where the first rank is: as it was said, on Slurm's first machine, or here.
     pub(super) fn master(&self) -> Master {
         let given = |names: &[&str]| names.iter().find_map(|name| self.0.get(*name).cloned());
@@ -83,6 +97,13 @@ impl Environment {
 }
 
 impl Place {
+    /// A process that nobody started among others.
+    pub const ALONE: Self = Self {
+        rank: 0,
+        size: 1,
+        local: 0,
+    };
+
     /// The variables that name it, as other launchers do.
     pub(super) fn variables(&self, master: &Master) -> Vec<(&'static str, String)> {
         let own = [
@@ -238,6 +259,24 @@ mod tests {
         let given = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "1234")];
         let variables = environment(&given).master().variables();
         assert_eq!(variables.map(|(_, value)| value), ["node7", "1234"]);
+    }
+
+    #[test]
+    fn ranks_meet_where_all_were_told_and_nowhere_else() {
+        let place = Place {
+            rank: 1,
+            size: 2,
+            local: 1,
+        };
+        let told = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "1234")];
+        let meeting = environment(&told).meeting(place);
+        assert_eq!(meeting.as_deref(), Some("node7:1234"));
+        let told = [("MASTER_ADDR", "fe80::7"), ("MASTER_PORT", "1234")];
+        let meeting = environment(&told).meeting(place);
+        assert_eq!(meeting.as_deref(), Some("[fe80::7]:1234"));
+        // A port that each would choose for itself is none.
+        assert_eq!(environment(&told[..1]).meeting(place), None);
+        assert!(environment(&[]).meeting(Place::ALONE).is_some());
     }
 
     #[test]

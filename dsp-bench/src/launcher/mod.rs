@@ -1,11 +1,11 @@
 //! `dsp launch`: starts a job's ranks, shows what they say, and ends them together.
 //!
 //! ```text
-//!   local                       mpi
-//!   launcher                    launcher
-//!      │                           │ mpirun -n N
-//!      └── dsp … (N threads)       ├── dsp rank ── dsp …  RANK=0
-//!                                  └── dsp rank ── dsp …  RANK=1
+//!   local                       mpi                                    nccl
+//!   launcher                    launcher                               launcher
+//!      │                           │ mpirun -n N                          ├── dsp …  RANK=0 LOCAL_RANK=0
+//!      └── dsp … (N threads)       ├── dsp rank ── dsp …  RANK=0          ├── dsp …  RANK=1 LOCAL_RANK=1
+//!                                  └── dsp rank ── dsp …  RANK=1          └── …
 //! ```
 //!
 //! Every line comes out with its rank before it. When the first rank fails, the others have a grace to find that
@@ -20,7 +20,7 @@ mod process;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 pub use arguments::{Environment, Place};
@@ -33,6 +33,8 @@ pub enum TransportKind {
     Local,
     /// Ranks are processes on one machine or many; MPI moves the data.
     Mpi,
+    /// Ranks are processes with a GPU of this machine each; NCCL moves the data.
+    Nccl,
 }
 
 /// A job to start.
@@ -158,10 +160,14 @@ fn run_once(
     environment: &Environment,
 ) -> Result<Option<(usize, i32)>, LauncherError> {
     let (events, happens) = mpsc::channel();
-    let mut child = start(job, ranks, arguments, environment, &events)?;
+    let mut started = Vec::new();
+    let commands = commands(job, ranks, arguments, environment);
+    let first = start(commands, &events, &mut started)
+        .and_then(|()| watch(&happens, &mut started, job.grace));
     drop(events);
-    let first = watch(&happens, &mut child, job.grace);
-    process::end(&mut child).map_err(LauncherError::Wait)?;
+    for (_, child) in &mut started {
+        process::end(child).map_err(LauncherError::Wait)?;
+    }
     // What was said last: the pipes close when nobody is left to write into them.
     let until = Instant::now() + LAST_WORDS;
     while let Ok(event) = happens.recv_timeout(until.saturating_duration_since(Instant::now())) {
@@ -172,10 +178,10 @@ fn run_once(
     first
 }
 
-/// Shows what happens until the process has ended, or the grace after the first failure is over.
+/// Shows what happens until all processes have ended, or the grace after the first failure is over.
 fn watch(
     happens: &Receiver<Event>,
-    child: &mut Child,
+    started: &mut [(usize, Child)],
     grace: Duration,
 ) -> Result<Option<(usize, i32)>, LauncherError> {
     let mut first: Option<(usize, i32)> = None;
@@ -187,20 +193,21 @@ fn watch(
         }
         until
     };
+    let mut ended = vec![false; started.len()];
     let mut end = None;
-    while end.is_none_or(|end| Instant::now() < end) {
+    while ended.contains(&false) && end.is_none_or(|end| Instant::now() < end) {
         match happens.recv_timeout(GLANCE) {
             Ok(Event::Line(rank, stream, text)) => process::show(rank, stream, &text),
             Ok(Event::Ended(rank, code)) => end = note(rank, code),
-            // Quiet, or nobody left to say anything: how is it?
-            Err(quiet) => {
-                if let Some(status) = child.try_wait().map_err(LauncherError::Wait)? {
-                    // Threads are all in it; of processes the shims have told before.
-                    note(0, process::code(status));
-                    break;
-                }
-                if quiet == RecvTimeoutError::Disconnected {
-                    std::thread::sleep(GLANCE);
+            // Quiet: how are they? Of `mpirun`'s ranks the shims have told before it ends.
+            Err(_) => {
+                for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
+                    if !*ended
+                        && let Some(status) = child.try_wait().map_err(LauncherError::Wait)?
+                    {
+                        *ended = true;
+                        end = note(*rank, process::code(status));
+                    }
                 }
             }
         }
@@ -208,26 +215,51 @@ fn watch(
     Ok(first)
 }
 
-/// Starts the process of one attempt, which holds all ranks or starts them.
+/// Starts the processes of one attempt.
 fn start(
+    commands: Vec<(Option<usize>, Command)>,
+    events: &Sender<Event>,
+    started: &mut Vec<(usize, Child)>,
+) -> Result<(), LauncherError> {
+    for (rank, mut command) in commands {
+        let child = process::start(&mut command, rank, events);
+        let child = child.map_err(|source| LauncherError::Start {
+            program: command.get_program().to_string_lossy().into_owned(),
+            source,
+        })?;
+        started.push((rank.unwrap_or(0), child));
+    }
+    Ok(())
+}
+
+/// What is started: one process that holds all ranks or starts them, or one for each rank, which is named.
+fn commands(
     job: &Job,
     ranks: usize,
     arguments: &[OsString],
     environment: &Environment,
-    events: &Sender<Event>,
-) -> Result<Child, LauncherError> {
+) -> Vec<(Option<usize>, Command)> {
     let master = environment.master();
-    let (mut command, rank) = match job.transport {
+    let place = |rank: usize| Place {
+        rank,
+        size: ranks,
+        local: rank,
+    };
+    match job.transport {
         TransportKind::Local => {
-            let place = Place {
-                rank: 0,
-                size: ranks,
-                local: 0,
-            };
             let mut command = Command::new(&job.program);
-            command.args(arguments).envs(place.variables(&master));
-            (command, Some(0))
+            command.args(arguments);
+            command.envs(place(0).variables(&master));
+            vec![(Some(0), command)]
         }
+        TransportKind::Nccl => (0..ranks)
+            .map(|rank| {
+                let mut command = Command::new(&job.program);
+                command.args(["--transport", "nccl"]).args(arguments);
+                command.envs(place(rank).variables(&master));
+                (Some(rank), command)
+            })
+            .collect(),
         TransportKind::Mpi => {
             let mut command = Command::new("mpirun");
             command.args(["-n", &ranks.to_string()]).args(&job.mpirun);
@@ -238,11 +270,47 @@ fn start(
             let program = command.arg(&job.program);
             program.arg("rank").arg("--").args(arguments);
             // What `mpirun` starts names its ranks itself.
-            (command, None)
+            vec![(None, command)]
         }
-    };
-    process::start(&mut command, rank, events).map_err(|source| LauncherError::Start {
-        program: command.get_program().to_string_lossy().into_owned(),
-        source,
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn ranks_with_a_gpu_each_are_told_which_and_where_to_meet() {
+        let job = Job {
+            program: "dsp".into(),
+            arguments: vec![],
+            ranks: 2,
+            transport: TransportKind::Nccl,
+            mpirun: vec![],
+            grace: Duration::ZERO,
+            restarts: 0,
+            fewer: 0,
+        };
+        let environment = Environment::new([("MASTER_PORT".into(), "1234".into())]);
+        let started = commands(&job, 2, &["compare".into()], &environment);
+        let told: Vec<_> = (started.iter())
+            .map(|(rank, command)| {
+                let arguments: Vec<_> = command.get_args().collect();
+                assert_eq!(arguments, ["--transport", "nccl", "compare"]);
+                let told: BTreeMap<_, _> = (command.get_envs())
+                    .filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?)))
+                    .collect();
+                assert_eq!(told["MASTER_ADDR"], "127.0.0.1");
+                let names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"];
+                (*rank, names.map(|name| told[name]))
+            })
+            .collect();
+        let expected = [
+            (Some(0), ["0", "0", "2", "1234"]),
+            (Some(1), ["1", "1", "2", "1234"]),
+        ];
+        assert_eq!(told, expected);
+    }
 }

@@ -158,11 +158,7 @@ pub fn run_rank(
     arguments: &[OsString],
     environment: &Environment,
 ) -> io::Result<i32> {
-    let place = environment.own_place().unwrap_or(Place {
-        rank: 0,
-        size: 1,
-        local: 0,
-    });
+    let place = environment.own_place().unwrap_or(Place::ALONE);
     let rank = place.rank;
     let mut command = Command::new(program);
     command.args(["--transport", "mpi"]).args(arguments);

@@ -2,14 +2,15 @@
 //!
 //! An [`Exchange`] says who holds what of a global tensor before and after; everything that a transport must
 //! do follows from it ([`Blocks::transfers`]). The [`local`] transport hands tensors over by handle and copies
-//! once, straight from the peers' memory; engines that send messages pack the same boxes, as `mpi` does (with that
-//! feature). A blocking
-//! collective is `start` and `wait`; overlapping one is doing something in between.
+//! once, straight from the peers' memory; engines that send messages pack the same boxes, as `mpi` and `nccl` do (with
+//! those features). A blocking collective is `start` and `wait`; overlapping one is doing something in between.
 
 mod copy;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "nccl-engine")]
+pub mod nccl;
 mod position;
 #[cfg(feature = "flex")]
 mod tiles;

@@ -1,0 +1,141 @@
+//! What the processes of a job and its hub tell each other, and how a message is framed.
+//!
+//! ```text
+//! ┌──────────────┬─────────────────┐
+//! │ length, u32  │ message, CBOR   │   over TCP; boxes of tensors never go this way
+//! └──────────────┴─────────────────┘
+//! ```
+
+use std::io::{self, Read, Write};
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Call, CommError};
+
+/// The longest first message: whoever connects is not yet known.
+pub(super) const LONGEST_HELLO: u32 = 1 << 10;
+
+/// A group, as it is called between processes, and one of its exchanges.
+pub(super) type Key = (u64, u64);
+
+/// An exchange, as a rank that enters it or waits in it describes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Announcement {
+    /// Which group.
+    pub(super) group: u64,
+    /// Its members, as ranks of the world.
+    pub(super) members: Vec<usize>,
+    /// Which exchange of it, and what the rank called.
+    pub(super) call: Call,
+    /// A digest of the blocks before and after.
+    pub(super) blocks: u64,
+}
+
+impl Announcement {
+    pub(super) fn key(&self) -> Key {
+        (self.group, self.call.sequence)
+    }
+}
+
+/// What a process tells the hub.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) enum Said {
+    /// Who it is; its first message.
+    Hello { rank: usize, size: usize },
+    /// It begins a launch on the first `ranks` processes.
+    Opened {
+        launch: u64,
+        ranks: usize,
+        timeout: Duration,
+    },
+    /// The name under which the processes' movers are to join each other; from rank 0.
+    Meeting { launch: u64, name: Vec<u8> },
+    /// Its rank has entered an exchange.
+    Entered { launch: u64, exchange: Announcement },
+    /// Its rank has waited for some time, or no longer waits.
+    Waits {
+        launch: u64,
+        wait: Option<(Announcement, Duration)>,
+    },
+    /// The deadline of the wait that it spoke of is over.
+    Late { launch: u64, waited: Duration },
+    /// It has found a cause to fail.
+    Failed { launch: u64, cause: CommError },
+    /// Its rank has returned, with this value for all.
+    Returned { launch: u64, value: Vec<u8> },
+    /// It ends.
+    Bye,
+}
+
+/// What the hub tells a process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) enum Told {
+    /// All processes are there.
+    Welcome,
+    /// They are not, or do not fit together.
+    Refused { reason: String },
+    /// The hub lives.
+    Alive,
+    /// All processes have begun the launch: their movers join under this name.
+    Join { launch: u64, name: Vec<u8> },
+    /// All members have entered the exchange alike: it is made now, after those before it.
+    Go { launch: u64, key: Key },
+    /// The launch has failed: the one cause for all.
+    Fate { launch: u64, cause: CommError },
+    /// All ranks of the launch have returned: their values, in rank order.
+    Done { launch: u64, values: Vec<Vec<u8>> },
+}
+
+/// Writes a message, at once and whole.
+pub(super) fn write(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut frame = vec![0; 4];
+    ciborium::into_writer(message, &mut frame).map_err(io::Error::other)?;
+    let length = u32::try_from(frame.len() - 4).map_err(io::Error::other)?;
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    to.write_all(&frame)
+}
+
+/// Reads a message of at most `longest` bytes.
+pub(super) fn read<T: DeserializeOwned>(from: &mut impl Read, longest: u32) -> io::Result<T> {
+    let mut length = [0; 4];
+    from.read_exact(&mut length)?;
+    let length = u32::from_le_bytes(length);
+    if length > longest {
+        return Err(io::Error::other(format!("a message of {length} bytes")));
+    }
+    let mut bytes = Vec::new();
+    from.take(u64::from(length)).read_to_end(&mut bytes)?;
+    ciborium::from_reader(&bytes[..]).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_follow_each_other_and_what_is_cut_short_or_noise_is_an_error() {
+        let messages = [
+            Said::Hello { rank: 3, size: 4 },
+            Said::Returned {
+                launch: u64::MAX,
+                value: vec![0xff; 300],
+            },
+            Said::Bye,
+        ];
+        let mut stream = Vec::new();
+        for message in &messages {
+            write(&mut stream, message).unwrap();
+        }
+        let mut rest = &stream[..];
+        for message in messages {
+            assert_eq!(read::<Said>(&mut rest, u32::MAX).unwrap(), message);
+        }
+        assert!(read::<Said>(&mut rest, u32::MAX).is_err());
+        assert!(read::<Said>(&mut &stream[..6], u32::MAX).is_err());
+        let http = b"GET / HTTP/1.1\r\n\r\n";
+        let error = read::<Said>(&mut &http[..], LONGEST_HELLO).unwrap_err();
+        assert!(error.to_string().contains("a message of"), "{error}");
+    }
+}
