@@ -14,6 +14,8 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+use burn::tensor::DeviceType;
 use burn::tensor::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -128,21 +130,39 @@ impl DeviceChoice {
         })
     }
 
-    /// The devices, each with its name. Nothing is opened yet.
+    /// The devices, each with its name: they are there, and not opened yet.
     fn all(&self) -> Result<Vec<(String, Device)>, DeviceError> {
         match &self.0 {
             Backend::Flex => Ok(vec![("flex".to_owned(), Device::flex())]),
             #[cfg(feature = "wgpu")]
             Backend::Wgpu => {
+                // Asked for one where there is none, Burn waits for ever.
+                if Device::enumerate(DeviceType::Wgpu).is_empty() {
+                    return Err(DeviceError::Unusable {
+                        device: "wgpu".to_owned(),
+                        message: "no driver of this machine names a device".to_owned(),
+                    });
+                }
                 let device = Device::wgpu(burn::tensor::DeviceKind::DefaultDevice);
                 Ok(vec![("wgpu".to_owned(), device)])
             }
             #[cfg(not(feature = "wgpu"))]
             Backend::Wgpu => Err(DeviceError::NotBuilt("wgpu")),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(numbers) => Ok((numbers.iter())
-                .map(|&number| (format!("cuda:{number}"), Device::cuda(number)))
-                .collect()),
+            Backend::Cuda(numbers) => {
+                let count = Device::enumerate(DeviceType::Cuda).len();
+                let device = |&number: &usize| {
+                    let name = format!("cuda:{number}");
+                    match number < count {
+                        true => Ok((name, Device::cuda(number))),
+                        false => Err(DeviceError::Unusable {
+                            device: name,
+                            message: format!("this machine shows {count} of NVIDIA's devices"),
+                        }),
+                    }
+                };
+                numbers.iter().map(device).collect()
+            }
             #[cfg(not(feature = "cuda"))]
             Backend::Cuda(_) => Err(DeviceError::NotBuilt("cuda")),
         }

@@ -78,10 +78,10 @@ impl Gpu {
         }
     }
 
-    /// How often a property is tried at most. On a software device each try costs seconds.
+    /// How often a property is tried at most. On a software device the strategies' take seconds each.
     fn tries(&self) -> &'static str {
         match self {
-            Self::Lavapipe => "6",
+            Self::Lavapipe => "4",
             Self::Wgpu | Self::Cuda(_) => "40",
         }
     }

@@ -71,14 +71,15 @@ fn handed_over(shape: [usize; DIMS], sources: &[Source], device: &Device) -> Opt
 }
 
 /// Whether what an operation returns is computed already.
+#[cfg(feature = "flex")]
 fn works_at_once(device: &Device) -> bool {
-    #[cfg(feature = "flex")]
-    return *device == Device::flex();
-    #[cfg(not(feature = "flex"))]
-    {
-        let _ = device;
-        false
-    }
+    *device == Device::flex()
+}
+
+/// Whether what an operation returns is computed already.
+#[cfg(not(feature = "flex"))]
+fn works_at_once(_device: &Device) -> bool {
+    false
 }
 
 fn portable(

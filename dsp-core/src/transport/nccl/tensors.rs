@@ -23,7 +23,7 @@ use super::wire::Announcement;
 use crate::blocks::{DIMS, Region, Transfer};
 use crate::error::{Call, CommError};
 use crate::launch::BoxError;
-use crate::transport::copy::{Source, assemble};
+use crate::transport::copy::{Crossing, Source, assemble};
 use crate::transport::position::{GroupId, Position};
 use crate::transport::{Arrival, Exchange, Pending, Transport};
 
@@ -263,7 +263,7 @@ impl Pending for NcclPending {
         let sources: Vec<Source> = sources.into_iter().map(|(_, source)| source).collect();
         let tensor = match sources.is_empty() {
             true => Tensor::zeros(self.shape, (&device, dtype)),
-            false => assemble(self.shape, sources),
+            false => assemble(self.shape, &sources, &device, &Crossing::default()),
         };
         let waited = times.entered.saturating_duration_since(start);
         Ok(Arrival {
