@@ -63,6 +63,7 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
         steps.step("tests", || crate::test(&[]))?;
     }
     steps.step("the main job", main_job)?;
+    steps.step("what needs CUDA compiles", gpu::check)?;
     steps.step("a GPU, in software", on_lavapipe)?;
     steps.summary();
     Ok(())

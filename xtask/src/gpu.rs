@@ -70,10 +70,10 @@ impl Gpu {
         }
     }
 
-    /// Beside the features that are on by default.
+    /// Beside the features that are on by default. What of NCCL's transport needs no GPU is tested along.
     fn backend(&self) -> &'static str {
         match self {
-            Self::Lavapipe | Self::Wgpu => "wgpu",
+            Self::Lavapipe | Self::Wgpu => "wgpu,dsp-core/nccl-engine",
             Self::Cuda(_) => "cuda",
         }
     }
@@ -145,6 +145,15 @@ pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
         compare.arg(flag).arg(results.join(file));
     }
     timed(gpu.seen_by(&mut compare)?)
+}
+
+/// What needs CUDA compiles. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of which its build
+/// fetches hundreds of megabytes unless it is told that only documentation is wanted.
+pub(crate) fn check() -> Result<()> {
+    let mut check = cargo();
+    check.args(["check", "--workspace", "--exclude=xtask"]);
+    check.args(["--features", "nccl"]).env("DOCS_RS", "1");
+    run(&mut check)
 }
 
 fn timed(command: &mut Command) -> Result<()> {
