@@ -136,7 +136,7 @@ impl DeviceChoice {
             Backend::Flex => Ok(vec![("flex".to_owned(), Device::flex())]),
             #[cfg(feature = "wgpu")]
             Backend::Wgpu => {
-                // Asked for one where there is none, Burn waits for ever.
+                // Asked for one where there is none, Burn panics in a thread of its own.
                 if Device::enumerate(DeviceType::Wgpu).is_empty() {
                     return Err(DeviceError::Unusable {
                         device: "wgpu".to_owned(),
