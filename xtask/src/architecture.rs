@@ -46,8 +46,9 @@ const NOT_IN_CORE: [&str; 11] = [
 ];
 
 /// Features of dsp-strategies that are not strategies: the default, and Burn's backends.
-pub(crate) const NOT_STRATEGIES: [&str; 7] =
-    ["default", "all", "flex", "cuda", "wgpu", "vulkan", "mpi"];
+pub(crate) const NOT_STRATEGIES: [&str; 8] = [
+    "default", "all", "flex", "cuda", "wgpu", "vulkan", "mpi", "nccl",
+];
 
 /// Where `dsp` is not the strategy: the program's commands (and the crates' names, see [`LAYERS`]).
 const COMMANDS: [&str; 2] = ["dsp compare", "dsp verify"];
