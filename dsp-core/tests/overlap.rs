@@ -10,7 +10,7 @@ use std::sync::Arc;
 use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
-use common::{bits, launch, random};
+use common::{bits, launch, random, tries};
 use dsp_core::layout::MeshAxis;
 use dsp_core::ledger::Phase;
 use dsp_core::strategy::{OutputLayout, Parameter, Placement, Role, StagePlan, Units};
@@ -214,7 +214,7 @@ impl Case {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(tries(200))]
 
     #[test]
     fn sums_are_the_same_for_any_buckets_replicas_parts_and_orders_of_use(case in cases()) {

@@ -9,9 +9,15 @@ use serde_json::Value;
 
 use crate::command::{answers, cargo};
 
-/// The tests whose launches run on MPI where there is one: collectives and the ways of failing. (`equivalence` does
-/// too, by hand: it takes more than a minute for each number of processes.)
-const TESTS: [&str; 2] = ["collectives", "ranks"];
+/// The tests whose launches run on MPI where there is one: collectives, the ways of failing, gradients that are summed
+/// on the way, and every strategy against serial; and how often a property of each is tried at most, on each number
+/// of processes. (Those of strategies take long, and are tried more often on threads.)
+const TESTS: [(&str, u32); 4] = [
+    ("collectives", 60),
+    ("ranks", 60),
+    ("overlap", 60),
+    ("equivalence", 12),
+];
 
 /// All processes draw the same cases.
 const SEED: &str = "7";
@@ -42,10 +48,11 @@ pub(crate) fn test() -> Result<()> {
         );
         return Ok(());
     }
-    for (name, binary) in binaries()? {
+    for (name, tries, binary) in binaries()? {
         for processes in 1..=4 {
             let start = Instant::now();
             let job = mpirun(processes)
+                .env("PROPTEST_CASES", tries.to_string())
                 .arg(&binary)
                 // A process of mpirun's writes to a terminal of its own, in colours.
                 .args(["--test-threads", "1", "--color", "never"])
@@ -85,7 +92,7 @@ fn mpirun(processes: usize) -> Command {
 }
 
 /// The test binaries, as cargo names them.
-fn binaries() -> Result<Vec<(String, PathBuf)>> {
+fn binaries() -> Result<Vec<(&'static str, u32, PathBuf)>> {
     let mut build = cargo();
     build.args([
         "test",
@@ -105,16 +112,14 @@ fn binaries() -> Result<Vec<(String, PathBuf)>> {
     for message in messages {
         let name = message["target"]["name"].as_str().unwrap_or_default();
         let is_test = message["target"]["kind"][0] == "test";
-        if let (true, Some(path)) = (
-            is_test && TESTS.contains(&name),
-            message["executable"].as_str(),
-        ) {
-            found.push((name.to_owned(), path.into()));
+        let test = TESTS.iter().find(|(test, _)| is_test && *test == name);
+        if let (Some(&(name, tries)), Some(path)) = (test, message["executable"].as_str()) {
+            found.push((name, tries, path.into()));
         }
     }
     if found.len() < TESTS.len() {
         bail!("cargo built {found:?}, where {TESTS:?} were expected");
     }
-    found.sort_by_key(|(name, _)| TESTS.iter().position(|test| test == name));
+    found.sort_by_key(|(name, ..)| TESTS.iter().position(|(test, _)| test == name));
     Ok(found)
 }
