@@ -124,7 +124,7 @@ pub struct TrainingConfig {
     #[config(default = "Compute::AsStored")]
     pub compute: Compute,
     /// When the gradients are summed. It changes no number.
-    #[config(default = "Reduce::Overlapped")]
+    #[config(default = "Reduce::AtOnce")]
     pub reduce: Reduce,
     /// Of the first weights, the samples and all else that is random.
     #[config(default = 1)]
