@@ -4,7 +4,7 @@
 //! that it needs have posted. Nothing is serialised and nothing is packed: each element is copied once, by
 //! the rank that receives it. A posted handle shares its tensor, so the poster may go on at once: Burn copies
 //! on write. Ranks may be on different devices: what lies on another one is brought over. On a GPU a rank waits until its copies
-//! are made ([`copy`](super::copy)).
+//! are made (`copy.rs`).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
