@@ -17,6 +17,7 @@ use std::str::FromStr;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 use burn::tensor::DeviceType;
 use burn::tensor::{DType, Device, Tensor};
+use dsp_core::Engine;
 use serde::{Deserialize, Serialize};
 
 /// The devices of a run, by name: on the command line, and in a run's file.
@@ -114,13 +115,17 @@ impl fmt::Display for DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// Opens each device and computes something of the given type on it.
+    /// Opens each device and computes something of the given type on it. An engine that moves tensors of one device
+    /// only has chosen it already.
     ///
     /// # Errors
     /// [`DeviceError`] if the backend was not built, or a device is missing, does not work, or does not have the
     /// type.
-    pub fn open(&self, dtype: DType) -> Result<Devices, DeviceError> {
-        let all = self.all()?;
+    pub fn open(&self, engine: &Engine, dtype: DType) -> Result<Devices, DeviceError> {
+        let all = match engine.device() {
+            Some(device) => vec![("this rank's GPU".to_owned(), device)],
+            None => self.all()?,
+        };
         for (name, device) in &all {
             check(name, device, dtype)?;
         }
@@ -246,7 +251,7 @@ mod tests {
     fn the_processor_is_there_in_both_precisions() {
         assert_eq!(choice("flex"), DeviceChoice::default());
         for dtype in [DType::F32, DType::F64] {
-            let devices = choice("flex").open(dtype).unwrap();
+            let devices = choice("flex").open(&Engine::Threads, dtype).unwrap();
             assert_eq!(devices.of_rank(3), Device::flex());
         }
     }
@@ -273,20 +278,28 @@ mod tests {
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_backend_that_was_left_out_says_how_to_have_it() {
-        let error = choice("cuda:0").open(DType::F32).unwrap_err();
+        let error = choice("cuda:0")
+            .open(&Engine::Threads, DType::F32)
+            .unwrap_err();
         assert!(error.to_string().contains("--features cuda"), "{error}");
     }
 
     #[cfg(feature = "wgpu")]
     #[test]
     fn a_type_that_the_device_lacks_is_refused_before_any_work() {
-        let device = choice("wgpu").open(DType::F32).unwrap().of_rank(0);
+        let device = choice("wgpu")
+            .open(&Engine::Threads, DType::F32)
+            .unwrap()
+            .of_rank(0);
         let types = [DType::BF16, DType::F16, DType::F64];
         for dtype in types
             .into_iter()
             .filter(|&dtype| !device.supports_dtype(dtype))
         {
-            let error = choice("wgpu").open(dtype).unwrap_err().to_string();
+            let error = choice("wgpu")
+                .open(&Engine::Threads, dtype)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(&format!("wgpu has no {dtype:?}")), "{error}");
         }
     }

@@ -208,19 +208,19 @@ impl<M> ModuleVisitor for Collect<'_, M> {
             let value = param.val().inner();
             Tensor::zeros(value.dims(), (&value.device(), value.dtype()))
         });
-        let lie = Lie::of(self.placed, param.id, self.members);
-        self.flat.push((param.id, lie.flat(gradient)));
+        let fit = Fit::of(self.placed, param.id, self.members);
+        self.flat.push((param.id, fit.flat(gradient)));
     }
 }
 
 /// How a parameter's gradient lies in a bucket: as it is, or, of a shared parameter, among zeros in its whole shape.
 #[derive(Debug, Clone)]
-pub(crate) struct Lie {
+pub(crate) struct Fit {
     /// The dim, the ranges of it that are here, and the whole shape.
     within: Option<(usize, Vec<Range<usize>>, Vec<usize>)>,
 }
 
-impl Lie {
+impl Fit {
     pub(crate) fn of<M>(placed: &Placed<M>, id: ParamId, members: Members) -> Self {
         let within = match (members, placed.placement(id), placed.cut(id)) {
             (Members::OfOneModel, Placement::Shared { dim, ranges }, Some(cut)) => {
@@ -303,8 +303,8 @@ impl<M> ModuleVisitor for Register<'_, M> {
         };
         let span = start..start + length;
         let sum = select_ranges(self.sums.clone(), 0, std::slice::from_ref(&span));
-        let lie = Lie::of(self.placed, param.id, self.members);
-        let gradient = lie.shaped(sum, param.shape().dims::<D>());
+        let fit = Fit::of(self.placed, param.id, self.members);
+        let gradient = fit.shaped(sum, param.shape().dims::<D>());
         self.gradients.register(param.id, gradient);
     }
 }

@@ -141,7 +141,6 @@ impl Group {
             ledger: self.ledger.clone(),
             key: (phase, collective),
             entry,
-            started: Instant::now(),
             timeout: self.timeout,
         })
     }
@@ -193,7 +192,6 @@ pub struct InFlight {
     ledger: Arc<Ledger>,
     key: (Phase, Collective),
     entry: Entry,
-    started: Instant,
     timeout: Duration,
 }
 
@@ -225,7 +223,6 @@ impl InFlight {
             Entry {
                 waited: arrival.waited,
                 moved: arrival.moved,
-                under_way: self.started.elapsed(),
                 ..self.entry
             },
         );

@@ -73,9 +73,6 @@ pub struct Entry {
     pub waited: Duration,
     /// Time spent moving what arrived.
     pub moved: Duration,
-    /// Time from the starts of the collectives to their ends: what exceeds `waited` and `moved` was hidden behind
-    /// other work.
-    pub under_way: Duration,
 }
 
 impl std::ops::AddAssign for Entry {
@@ -86,7 +83,6 @@ impl std::ops::AddAssign for Entry {
         self.bytes += other.bytes;
         self.waited += other.waited;
         self.moved += other.moved;
-        self.under_way += other.under_way;
     }
 }
 

@@ -21,7 +21,7 @@
 //!
 //! Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,7 +33,7 @@ use burn::tensor::{DType, Device, Gradients, Tensor};
 use crate::blocks::{Blocks, DimBlocks};
 use crate::cost;
 use crate::error::{CommError, Tracking};
-use crate::gradients::{Lie, Members};
+use crate::gradients::{Fit, Members};
 use crate::group::{Group, InFlight, Request, Step};
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
@@ -166,32 +166,35 @@ enum Over {
 /// Lists a module's trainable parameters, each once.
 struct Planning<'a, M> {
     placed: &'a Placed<M>,
+    seen: HashSet<ParamId>,
     entries: Vec<Summed>,
 }
 
 impl<'a, M> Planning<'a, M> {
     fn new(placed: &'a Placed<M>) -> Self {
-        let entries = Vec::new();
-        Self { placed, entries }
+        Self {
+            placed,
+            seen: HashSet::new(),
+            entries: Vec::new(),
+        }
     }
 }
 
 impl<M> ModuleVisitor for Planning<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let is_known = self.entries.iter().any(|entry| entry.id == param.id);
-        if is_known || !param.is_require_grad() {
+        if !self.seen.insert(param.id) || !param.is_require_grad() {
             return;
         }
         let over = match self.placed.placement(param.id) {
             Placement::Sharded { .. } => Over::Replicas,
             Placement::Replicated | Placement::Shared { .. } => Over::All,
         };
-        let lie = Lie::of(self.placed, param.id, Members::OfOneModel);
+        let fit = Fit::of(self.placed, param.id, Members::OfOneModel);
         let value = param.val();
         self.entries.push(Summed {
             id: param.id,
             over,
-            elements: lie.elements(&value.dims()),
+            elements: fit.elements(&value.dims()),
             like: (value.clone().inner().device(), value.dtype()),
         });
     }
@@ -435,10 +438,10 @@ struct Hook<'a, M> {
 impl<M> ModuleMapper for Hook<'_, M> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let id = param.id;
-        let lie = Lie::of(self.placed, id, Members::OfOneModel);
+        let fit = Fit::of(self.placed, id, Members::OfOneModel);
         if let Some(slot) = lock(&self.flow).slot(id) {
             let earlier = self.earlier.remove::<D>(id);
-            slot.earlier = earlier.map(|earlier| lie.flat(earlier));
+            slot.earlier = earlier.map(|earlier| fit.flat(earlier));
         } else {
             return param;
         }
@@ -446,7 +449,7 @@ impl<M> ModuleMapper for Hook<'_, M> {
         param.map(|value| {
             let same = value.clone().inner();
             vjp::attach1(value, same, move |gradient: Tensor<D>| {
-                lock(&flow).arrived(id, lie.flat(gradient.clone()))?;
+                lock(&flow).arrived(id, fit.flat(gradient.clone()))?;
                 Ok::<_, CommError>(gradient)
             })
         })
@@ -465,8 +468,8 @@ impl<M> ModuleVisitor for Collect<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let gradient = match (self.flow.sum(param.id), self.earlier.remove::<D>(param.id)) {
             (Some(sum), _) => {
-                let lie = Lie::of(self.placed, param.id, Members::OfOneModel);
-                lie.shaped(sum, param.shape().dims::<D>())
+                let fit = Fit::of(self.placed, param.id, Members::OfOneModel);
+                fit.shaped(sum, param.shape().dims::<D>())
             }
             (None, Some(earlier)) => match self.gradients.remove::<D>(param.id) {
                 Some(own) => earlier + own,

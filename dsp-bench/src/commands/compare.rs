@@ -33,7 +33,8 @@ pub(crate) struct CompareArgs {
     /// Only these numbers of ranks, e.g. 1,2,4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
-    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn. Under NCCL each
+    /// has its GPU.
     #[arg(long, value_name = "DEVICE", default_value = "flex")]
     device: DeviceChoice,
     /// The compute threads of each rank; by default the ranks share the cores.
@@ -77,7 +78,7 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         scenario.reduce = Reduce::Overlapped;
     }
     scenario.check(&scenario.name)?;
-    let devices = args.device.open(scenario.dtype.dtype())?;
+    let devices = args.device.open(engine, scenario.dtype.dtype())?;
     let comparer = (compare::Comparer::new(scenario)?)
         .on(engine)
         .with_devices(devices);

@@ -36,7 +36,8 @@ pub(crate) struct TrainArgs {
     /// The strategy by name, a mixture's parts joined by +.
     #[arg(long, value_name = "NAME")]
     strategy: Option<String>,
-    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn. Under NCCL each
+    /// has its GPU.
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceChoice>,
     /// Ranks that share a sequence: --ranks 4 is --mesh sp=4.

@@ -26,7 +26,8 @@ pub(crate) struct VerifyArgs {
     /// The numbers of ranks; by default 1, 2, 3 and 4.
     #[arg(long, value_delimiter = ',')]
     ranks: Option<Vec<usize>>,
-    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn.
+    /// Where the ranks compute: flex (the processor), wgpu, cuda:0, or cuda:0,1 in turn. Under NCCL each
+    /// has its GPU.
     #[arg(long, value_name = "DEVICE", default_value = "flex")]
     device: DeviceChoice,
     /// Write one record per file, case, tensor, strategy, ranks and dtype, and one per refusal, as JSON.
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
         !args.ranks.iter().flatten().any(|&ranks| ranks == 0),
         "--ranks 0: a run needs at least one rank"
     );
-    let devices = args.device.open(precision.dtype())?;
+    let devices = args.device.open(engine, precision.dtype())?;
     // By default on as many as there are; who names more is told.
     let most = match args.ranks {
         Some(_) => usize::MAX,

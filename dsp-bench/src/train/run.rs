@@ -240,8 +240,8 @@ pub(super) fn run<T: Task>(
 ) -> Result<Outcome, TrainError> {
     let strategy = dsp_strategies::by_name(&config.strategy)?;
     // Weights and their averages have one type, what is computed perhaps another.
-    let devices = (config.device).open(config.dtype.dtype())?;
-    (config.device).open(config.training.compute.dtype(config.dtype.dtype()))?;
+    let devices = (config.device).open(engine, config.dtype.dtype())?;
+    (config.device).open(engine, config.training.compute.dtype(config.dtype.dtype()))?;
     let largest = largest_part(config);
     strategy.plan(&task.shape(largest), config.mesh.sp)?;
     let subject = config.subject()?;

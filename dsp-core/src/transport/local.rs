@@ -17,7 +17,7 @@ use super::copy::{Crossing, Source, assemble};
 use super::position::{GroupId, Position};
 use super::waits::{self, Wait};
 use super::{Arrival, Exchange, Pending, Transport};
-use crate::blocks::{Blocks, DIMS};
+use crate::blocks::{Blocks, DIMS, Transfer};
 use crate::error::{Call, CommError};
 
 /// What the ranks of one launch share.
@@ -166,31 +166,34 @@ impl Transport for LocalTransport {
     }
 
     fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError> {
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
+        let call = exchange.call(sequence);
+        let fits = exchange.check_shape(&self.position, &call);
         let Exchange {
-            collective,
-            tracking,
-            answers,
             tensor,
             before,
             after,
+            ..
         } = exchange;
-        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-        let call = Call {
-            collective,
-            sequence,
-            dtype: tensor.dtype(),
-            shape: before.shape(),
-            tracking,
-            answers,
+        let rank = self.position.rank;
+        let transfers = (0..self.size()).map(|source| before.transfers(&after, source, rank));
+        let pending = LocalPending {
+            world: self.world.clone(),
+            id: self.position.id.clone(),
+            rank,
+            call: call.clone(),
+            transfers: transfers.collect(),
+            shape: after.local_shape(rank),
+            device: tensor.device(),
         };
         let post = Post {
-            call: call.clone(),
+            call,
             tensor,
             before,
             after,
         };
         let mut state = self.world.lock();
-        state.ranks[self.position.world_rank()].last = Some(call.clone());
+        state.ranks[self.position.world_rank()].last = Some(post.call.clone());
         if let Some(fate) = &state.fate {
             return Err(fate.clone());
         }
@@ -210,27 +213,11 @@ impl Transport for LocalTransport {
             drop(state);
             return Err(self.world.fail(error));
         }
-        let expected = post.before.local_shape(self.position.rank);
-        let got = post.tensor.dims();
-        if expected != got {
+        if let Err(error) = fits {
             drop(state);
-            return Err(self.world.fail(CommError::Shape {
-                rank: self.position.world_rank(),
-                call,
-                expected,
-                got,
-            }));
+            return Err(self.world.fail(error));
         }
-        let pending = LocalPending {
-            world: self.world.clone(),
-            id: self.position.id.clone(),
-            rank: self.position.rank,
-            call,
-            before: post.before.clone(),
-            after: post.after.clone(),
-            device: post.tensor.device(),
-        };
-        round.posts[self.position.rank] = Some(post);
+        round.posts[rank] = Some(post);
         drop(state);
         self.world.changed.notify_all();
         Ok(Box::new(pending))
@@ -276,8 +263,10 @@ struct LocalPending {
     id: Arc<GroupId>,
     rank: usize,
     call: Call,
-    before: Arc<Blocks>,
-    after: Arc<Blocks>,
+    /// From each rank, the boxes that land here.
+    transfers: Vec<Vec<Transfer>>,
+    /// Of this rank's block afterwards.
+    shape: [usize; DIMS],
     /// Where this rank's tensors are: the peers' may be elsewhere.
     device: Device,
 }
@@ -287,36 +276,31 @@ impl Pending for LocalPending {
         let state = self.world.lock();
         let posts = state.rounds.get(&self.key()).map(|round| &round.posts);
         let has_posted = |rank: usize| posts.is_some_and(|posts| posts[rank].is_some());
-        let sends = |&rank: &usize| {
-            let parts = self.before.transfers(&self.after, rank, self.rank);
-            !parts.is_empty()
-        };
-        state.fate.is_some() || (0..self.id.members.len()).filter(sends).all(has_posted)
+        let mut members = 0..self.id.members.len();
+        state.fate.is_some() || members.all(|rank| !self.sends(rank) || has_posted(rank))
     }
 
     fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
         let start = Instant::now();
-        let size = self.id.members.len();
-        let transfers: Vec<_> = (0..size)
-            .map(|source| self.before.transfers(&self.after, source, self.rank))
-            .collect();
-        let sources = {
+        let tensors = {
             let _span = tracing::info_span!("waiting", call = %self.call).entered();
-            self.gather(&transfers, start, deadline)?
+            self.gather(start, deadline)?
         };
         let waited = start.elapsed();
-        let shape = self.after.local_shape(self.rank);
-        let sources = sources
+        let sources: Vec<Source> = tensors
             .into_iter()
-            .zip(transfers)
-            .map(|(tensor, transfers)| Source { tensor, transfers })
-            .filter(|source| !source.transfers.is_empty())
-            .collect::<Vec<_>>();
+            .zip(&self.transfers)
+            .filter(|(_, transfers)| !transfers.is_empty())
+            .map(|(tensor, transfers)| Source {
+                tensor,
+                transfers: transfers.clone(),
+            })
+            .collect();
         let _span = tracing::info_span!("communication", call = %self.call).entered();
         let tensor = if sources.is_empty() {
-            Tensor::zeros(shape, (&self.device, self.call.dtype))
+            Tensor::zeros(self.shape, (&self.device, self.call.dtype))
         } else {
-            assemble(shape, &sources, &self.device, &self.world.crossing)
+            assemble(self.shape, &sources, &self.device, &self.world.crossing)
         };
         // A GPU reads the peers' tensors later: until then they are held, and so not written to.
         if let Err(error) = self.device.sync() {
@@ -340,14 +324,14 @@ impl LocalPending {
         (self.id.clone(), self.call.sequence)
     }
 
+    /// Whether something of a rank's lands here.
+    fn sends(&self, rank: usize) -> bool {
+        !self.transfers[rank].is_empty()
+    }
+
     /// Waits until every rank that sends here has posted, and returns all tensors that were posted by then,
     /// the rank's own in place of those that are not needed.
-    fn gather(
-        &self,
-        transfers: &[Vec<crate::blocks::Transfer>],
-        start: Instant,
-        deadline: Instant,
-    ) -> Result<Vec<Tensor<DIMS>>, CommError> {
+    fn gather(&self, start: Instant, deadline: Instant) -> Result<Vec<Tensor<DIMS>>, CommError> {
         let key = self.key();
         let mut state = self.world.lock();
         loop {
@@ -358,7 +342,7 @@ impl LocalPending {
                 unreachable!("a round lasts until every member has taken its part");
             };
             let missing: Vec<usize> = (0..self.id.members.len())
-                .filter(|&rank| !transfers[rank].is_empty() && round.posts[rank].is_none())
+                .filter(|&rank| self.sends(rank) && round.posts[rank].is_none())
                 .collect();
             let rank = self.id.members[self.rank];
             if missing.is_empty() {

@@ -17,13 +17,17 @@ mod tiles;
 mod waits;
 
 use std::fmt;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Tensor;
 
+use self::position::Position;
+
 use crate::blocks::{Blocks, DIMS};
-use crate::error::{CommError, Tracking};
+use crate::error::{Call, CommError, Tracking};
 use crate::ledger::Collective;
 
 /// One rank's part in a collective.
@@ -41,6 +45,43 @@ pub struct Exchange {
     pub before: Arc<Blocks>,
     /// Who holds what afterwards. What several ranks contribute to is summed in rank order.
     pub after: Arc<Blocks>,
+}
+
+impl Exchange {
+    /// What is called here, as errors and other ranks hear of it.
+    fn call(&self, sequence: u64) -> Call {
+        Call {
+            collective: self.collective,
+            sequence,
+            dtype: self.tensor.dtype(),
+            shape: self.before.shape(),
+            tracking: self.tracking,
+            answers: self.answers,
+        }
+    }
+
+    /// The error of a rank whose block has another shape than it says.
+    fn check_shape(&self, position: &Position, call: &Call) -> Result<(), CommError> {
+        let expected = self.before.local_shape(position.rank);
+        let got = self.tensor.dims();
+        if expected == got {
+            return Ok(());
+        }
+        Err(CommError::Shape {
+            rank: position.world_rank(),
+            call: call.clone(),
+            expected,
+            got,
+        })
+    }
+}
+
+/// A number that stands for a value between the processes of one program.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+fn digest(of: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// What an exchange brought.

@@ -6,8 +6,13 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use proptest::prelude::*;
 
+use self::device::tries;
 use super::*;
 use crate::attention::{Documents, Dropout, DropoutKey, HeadRange, Mask, Problem, Within, softmax};
+
+#[path = "../../../tests/common/device.rs"]
+#[allow(dead_code, reason = "these tests choose their device themselves")]
+mod device;
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -16,15 +21,6 @@ struct Case {
     /// Of queries and keys, and of values.
     widths: (usize, usize),
     seed: u64,
-}
-
-/// As many tries, or fewer where `PROPTEST_CASES` asks for fewer.
-fn tries(most: u32) -> ProptestConfig {
-    let config = ProptestConfig::default();
-    ProptestConfig {
-        cases: config.cases.min(most),
-        ..config
-    }
 }
 
 /// What attention returns, and the gradients for one cotangent.

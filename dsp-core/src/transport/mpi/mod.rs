@@ -22,7 +22,6 @@ mod parcel;
 mod progress;
 mod wire;
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -35,7 +34,7 @@ use self::lent::Outgoing;
 use self::parcel::{Parcels, Unpacking};
 use self::progress::{Command, Entry, Key, Progress, Times};
 use super::position::{GroupId, Position};
-use super::{Arrival, Exchange, Pending, Transport};
+use super::{Arrival, Exchange, Pending, Transport, digest};
 use crate::error::{Call, CommError};
 
 /// After how long without a sign of life the communication thread counts as dead: it never blocks by itself.
@@ -315,13 +314,6 @@ impl MpiTransport {
     }
 }
 
-/// The same in every process of the same program.
-fn digest(of: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    of.hash(&mut hasher);
-    hasher.finish()
-}
-
 impl Transport for MpiTransport {
     fn rank(&self) -> usize {
         self.position.rank
@@ -338,28 +330,12 @@ impl Transport for MpiTransport {
     fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let (rank, job) = (self.position.rank, &self.job);
-        let call = Call {
-            collective: exchange.collective,
-            sequence,
-            dtype: exchange.tensor.dtype(),
-            shape: exchange.before.shape(),
-            tracking: exchange.tracking,
-            answers: exchange.answers,
-        };
+        let call = exchange.call(sequence);
         *job.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(call.clone());
         if let Some(fate) = job.fate.get() {
             return Err(fate.clone());
         }
-        let (expected, got) = (exchange.before.local_shape(rank), exchange.tensor.dims());
-        if expected != got {
-            let rank = self.position.world_rank();
-            return Err(job.fail(CommError::Shape {
-                rank,
-                call,
-                expected,
-                got,
-            }));
-        }
+        (exchange.check_shape(&self.position, &call)).map_err(|error| job.fail(error))?;
         let _span = tracing::info_span!("packing", call = %call).entered();
         let Parcels {
             outgoing,

@@ -351,24 +351,6 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(5);
 
-    fn exchange(members: &[usize], sequence: u64) -> Announcement {
-        Announcement {
-            group: members
-                .iter()
-                .fold(1, |group, &member| 10 * group + member as u64),
-            members: members.to_vec(),
-            call: Call {
-                collective: Collective::AllToAll,
-                sequence,
-                dtype: DType::F32,
-                shape: [1, 8, 1, 1, 4],
-                tracking: Tracking::Tracked,
-                answers: None,
-            },
-            blocks: 7,
-        }
-    }
-
     /// A hub of which `ranks` processes have begun launch 0, and the time.
     fn hub(ranks: usize) -> (Hub, Instant) {
         let (mut hub, now) = (Hub::new(ranks), Instant::now());
@@ -408,16 +390,16 @@ mod tests {
     #[test]
     fn nobody_goes_before_all_members_have_entered() {
         let (mut hub, now) = hub(3);
-        assert_eq!(hub.hear(2, enter(exchange(&[0, 1, 2], 0)), now), []);
-        assert_eq!(hub.hear(0, enter(exchange(&[0, 1, 2], 0)), now), []);
-        let outbox = hub.hear(1, enter(exchange(&[0, 1, 2], 0)), now);
+        assert_eq!(hub.hear(2, enter(Announcement::of(&[0, 1, 2], 0)), now), []);
+        assert_eq!(hub.hear(0, enter(Announcement::of(&[0, 1, 2], 0)), now), []);
+        let outbox = hub.hear(1, enter(Announcement::of(&[0, 1, 2], 0)), now);
         assert_eq!(goes(&outbox), [(0, 0), (1, 0), (2, 0)]);
     }
 
     #[test]
     fn exchanges_of_two_groups_entered_in_different_orders_are_made_in_one_order() {
         let (mut hub, now) = hub(3);
-        let (first, second) = (exchange(&[0, 1], 4), exchange(&[1, 0], 9));
+        let (first, second) = (Announcement::of(&[0, 1], 4), Announcement::of(&[1, 0], 9));
         assert_eq!(hub.hear(0, enter(first.clone()), now), []);
         assert_eq!(hub.hear(1, enter(second.clone()), now), []);
         let mut heard = goes(&hub.hear(0, enter(second), now));
@@ -435,24 +417,24 @@ mod tests {
         ];
         for change in changes {
             let (mut hub, now) = hub(3);
-            let mut other = exchange(&[0, 1, 2], 0);
+            let mut other = Announcement::of(&[0, 1, 2], 0);
             change(&mut other);
-            assert_eq!(hub.hear(2, enter(exchange(&[0, 1, 2], 0)), now), []);
+            assert_eq!(hub.hear(2, enter(Announcement::of(&[0, 1, 2], 0)), now), []);
             let cause = fate(hub.hear(1, enter(other.clone()), now));
             let expected = CommError::Mismatch {
                 rank: 1,
                 call: other.call,
                 other: 2,
-                other_call: exchange(&[0, 1, 2], 0).call,
+                other_call: Announcement::of(&[0, 1, 2], 0).call,
             };
             assert_eq!(cause, expected);
             // The launch is over, with one cause.
-            assert_eq!(hub.hear(0, enter(exchange(&[0, 1, 2], 0)), now), []);
+            assert_eq!(hub.hear(0, enter(Announcement::of(&[0, 1, 2], 0)), now), []);
         }
         let (mut hub, now) = hub(2);
-        let mut other = exchange(&[0, 1], 0);
+        let mut other = Announcement::of(&[0, 1], 0);
         other.blocks = 8;
-        assert_eq!(hub.hear(0, enter(exchange(&[0, 1], 0)), now), []);
+        assert_eq!(hub.hear(0, enter(Announcement::of(&[0, 1], 0)), now), []);
         let cause = fate(hub.hear(1, enter(other), now));
         assert!(
             matches!(
@@ -470,7 +452,10 @@ mod tests {
     #[test]
     fn of_ranks_that_wait_for_each_other_the_one_that_waits_for_nobody_is_named() {
         let (mut hub, now) = hub(3);
-        let (all, two) = (exchange(&[0, 1, 2], 0), exchange(&[0, 1], 0));
+        let (all, two) = (
+            Announcement::of(&[0, 1, 2], 0),
+            Announcement::of(&[0, 1], 0),
+        );
         let waits = |exchange: &Announcement| Said::Waits {
             launch: 0,
             wait: Some((exchange.clone(), NOTICE)),
@@ -504,7 +489,7 @@ mod tests {
                 launch: 0,
                 value: vec![],
             };
-            let mut said = [(0, enter(exchange(&[0, 1], 3))), (1, returned)];
+            let mut said = [(0, enter(Announcement::of(&[0, 1], 3))), (1, returned)];
             if returns_first {
                 said.reverse();
             }

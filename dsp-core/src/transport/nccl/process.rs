@@ -608,11 +608,9 @@ impl<M: Mover> Worker<M> {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::DType;
 
     use super::super::tcp;
     use super::*;
-    use crate::error::Tracking;
     use crate::ledger::Collective;
 
     /// What a mover without a GPU does with boxes.
@@ -711,24 +709,6 @@ mod tests {
         Ok(())
     }
 
-    fn exchange(members: &[usize], sequence: u64) -> Announcement {
-        Announcement {
-            group: members
-                .iter()
-                .fold(1, |group, &member| 10 * group + member as u64),
-            members: members.to_vec(),
-            call: Call {
-                collective: Collective::AllToAll,
-                sequence,
-                dtype: DType::F32,
-                shape: [1, 8, 1, 1, 4],
-                tracking: Tracking::Untracked,
-                answers: None,
-            },
-            blocks: 7,
-        }
-    }
-
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)
     }
@@ -751,7 +731,10 @@ mod tests {
     fn all_movers_make_exchanges_in_one_order_whatever_their_ranks_did() {
         let outcomes = run(2, makes, |process| {
             let job = process.open(2, TIMEOUT);
-            let mut exchanges = [(exchange(&[0, 1], 0), 100), (exchange(&[1, 0], 0), 200)];
+            let mut exchanges = [
+                (Announcement::of(&[0, 1], 0), 100),
+                (Announcement::of(&[1, 0], 0), 200),
+            ];
             if process.rank() == 1 {
                 exchanges.reverse();
             }
@@ -775,7 +758,7 @@ mod tests {
     fn ranks_that_call_different_things_get_one_error_and_nothing_moves() {
         let outcomes = run(3, makes, |process| {
             let job = process.open(3, TIMEOUT);
-            let mut exchange = exchange(&[0, 1, 2], 0);
+            let mut exchange = Announcement::of(&[0, 1, 2], 0);
             if process.rank() == 1 {
                 exchange.call.collective = Collective::AllGather;
             }
@@ -803,10 +786,10 @@ mod tests {
             let job = process.open(2, TIMEOUT);
             if process.rank() == 0 {
                 let deadline = Instant::now() + Duration::from_millis(200);
-                return exchange_once(&job, exchange(&[0, 1], 0), deadline);
+                return exchange_once(&job, Announcement::of(&[0, 1], 0), deadline);
             }
             // It is busy, and hears of it when it calls the next time.
-            let next = exchange(&[0, 1], 0);
+            let next = Announcement::of(&[0, 1], 0);
             while job.call(&next.call).is_ok() {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -839,9 +822,9 @@ mod tests {
             let outcomes = run(2, make, |process| {
                 let job = process.open(2, TIMEOUT);
                 let deadline = Instant::now() + Duration::from_millis(300);
-                let error = exchange_once(&job, exchange(&[0, 1], 3), deadline);
+                let error = exchange_once(&job, Announcement::of(&[0, 1], 3), deadline);
                 let job = process.open(2, TIMEOUT);
-                let again = exchange(&[0, 1], 0);
+                let again = Announcement::of(&[0, 1], 0);
                 let answer = job.enter(again.clone(), Boxes::noted(16));
                 job.wait(&answer, &again, soon()).unwrap();
                 job.finish(vec![]).unwrap();
@@ -872,7 +855,7 @@ mod tests {
                 return None;
             }
             let job = process.open(3, TIMEOUT);
-            exchange_once(&job, exchange(&[0, 1, 2], 0), soon())
+            exchange_once(&job, Announcement::of(&[0, 1, 2], 0), soon())
         });
         for (error, _) in &outcomes[..2] {
             assert!(

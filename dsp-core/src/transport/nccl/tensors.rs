@@ -4,7 +4,6 @@
 #![expect(unsafe_code, reason = "addresses on the device, taken from tensors")]
 
 use std::any::Any;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -21,11 +20,11 @@ use super::communicator::{Boxes, Message, message};
 use super::process::{Answer, Job};
 use super::wire::Announcement;
 use crate::blocks::{DIMS, Region, Transfer};
-use crate::error::{Call, CommError};
+use crate::error::CommError;
 use crate::launch::BoxError;
 use crate::transport::copy::{Crossing, Source, assemble};
 use crate::transport::position::{GroupId, Position};
-use crate::transport::{Arrival, Exchange, Pending, Transport};
+use crate::transport::{Arrival, Exchange, Pending, Transport, digest};
 
 /// A rank's end of the group of all ranks of a launch, whose tensors are on CUDA's device of this number; none if
 /// this process has no part in the launch.
@@ -68,13 +67,6 @@ impl NcclTransport {
     }
 }
 
-/// The same in every process of the same program.
-fn digest(of: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    of.hash(&mut hasher);
-    hasher.finish()
-}
-
 impl Transport for NcclTransport {
     fn rank(&self) -> usize {
         self.position.rank
@@ -91,24 +83,9 @@ impl Transport for NcclTransport {
     fn start(&self, exchange: Exchange) -> Result<Box<dyn Pending>, CommError> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let rank = self.position.rank;
-        let call = Call {
-            collective: exchange.collective,
-            sequence,
-            dtype: exchange.tensor.dtype(),
-            shape: exchange.before.shape(),
-            tracking: exchange.tracking,
-            answers: exchange.answers,
-        };
+        let call = exchange.call(sequence);
         self.job.call(&call)?;
-        let (expected, got) = (exchange.before.local_shape(rank), exchange.tensor.dims());
-        if expected != got {
-            return Err(self.job.fail(CommError::Shape {
-                rank: self.position.world_rank(),
-                call,
-                expected,
-                got,
-            }));
-        }
+        (exchange.check_shape(&self.position, &call)).map_err(|error| self.job.fail(error))?;
         if exchange.tensor.device() != self.device {
             let error = format!(
                 "{call} was given a tensor on {:?}, and NCCL moves those on {:?}, this rank's GPU",
@@ -191,7 +168,7 @@ impl Packed {
                 continue;
             }
             for transfer in before.transfers(after, rank, peer) {
-                let part = exchange.tensor.clone().slice(ranges(&transfer.source));
+                let part = exchange.tensor.clone().slice(transfer.source.ranges());
                 let part = into_contiguous(primitive(part)?);
                 sends.push(message_of(world_rank, &part)?);
             }
@@ -216,10 +193,6 @@ impl Packed {
             arrivals,
         })
     }
-}
-
-fn ranges(region: &Region) -> [std::ops::Range<usize>; DIMS] {
-    std::array::from_fn(|dim| region.start[dim]..region.start[dim] + region.extent[dim])
 }
 
 struct NcclPending {

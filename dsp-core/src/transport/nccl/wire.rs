@@ -34,6 +34,24 @@ pub(super) struct Announcement {
 }
 
 impl Announcement {
+    /// One of some members, for tests.
+    #[cfg(test)]
+    pub(super) fn of(members: &[usize], sequence: u64) -> Self {
+        Self {
+            group: (members.iter()).fold(1, |group, &member| 10 * group + member as u64),
+            members: members.to_vec(),
+            call: Call {
+                collective: crate::ledger::Collective::AllToAll,
+                sequence,
+                dtype: burn::tensor::DType::F32,
+                shape: [1, 8, 1, 1, 4],
+                tracking: crate::error::Tracking::Tracked,
+                answers: None,
+            },
+            blocks: 7,
+        }
+    }
+
     pub(super) fn key(&self) -> Key {
         (self.group, self.call.sequence)
     }
