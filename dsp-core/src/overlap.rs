@@ -445,11 +445,14 @@ impl<M> ModuleMapper for Hook<'_, M> {
         } else {
             return param;
         }
-        let flow = self.flow.clone();
+        // A pass that fails leaves nodes behind, which must not keep the ranks' groups alive.
+        let flow = Arc::downgrade(&self.flow);
         param.map(|value| {
             let same = value.clone().inner();
             vjp::attach1(value, same, move |gradient: Tensor<D>| {
-                lock(&flow).arrived(id, fit.flat(gradient.clone()))?;
+                if let Some(flow) = flow.upgrade() {
+                    lock(&flow).arrived(id, fit.flat(gradient.clone()))?;
+                }
                 Ok::<_, CommError>(gradient)
             })
         })

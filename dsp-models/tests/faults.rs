@@ -26,7 +26,7 @@ use dsp_core::{CommError, Engine, Group, Launch, Loss, Session};
 use dsp_models::error::ModelError;
 use dsp_models::flow::{Batch, Noised, Sampling, loss};
 use dsp_models::random::{Draws, Purpose};
-use dsp_models::training::{Trainer, TrainingConfig};
+use dsp_models::training::{Reduce, Trainer, TrainingConfig};
 use dsp_models::video_dit::{Init, Text, VideoDit, VideoDitConfig, roles};
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +61,8 @@ struct Injection {
     fault: Fault,
     culprit: usize,
     at: u64,
+    /// When gradients are summed: buckets are under way in the midst of other exchanges.
+    reduce: Reduce,
 }
 
 /// What a rank unwinds with that returns early.
@@ -140,6 +142,7 @@ impl Transport for Disturbed {
 /// A training whose losses are returned, and how many exchanges this rank entered.
 fn train(
     template: &VideoDit,
+    reduce: Reduce,
     injection: Option<Injection>,
     group: Group,
 ) -> Result<(Vec<f64>, u64), BoxError> {
@@ -153,7 +156,7 @@ fn train(
             injection: injection.filter(|injection| injection.culprit == own),
         })
     });
-    let trained = catch_unwind(AssertUnwindSafe(|| steps(template, group)));
+    let trained = catch_unwind(AssertUnwindSafe(|| steps(template, reduce, group)));
     match trained {
         Ok(losses) => Ok((losses?, entered.load(Ordering::Relaxed))),
         Err(left) if left.is::<Left>() => Ok((vec![], 0)),
@@ -178,12 +181,14 @@ fn template() -> VideoDit {
         .unwrap()
 }
 
-fn steps(template: &VideoDit, group: Group) -> Result<Vec<f64>, ModelError> {
+fn steps(template: &VideoDit, reduce: Reduce, group: Group) -> Result<Vec<f64>, ModelError> {
     let device = Device::flex().autodiff();
     let config = config();
     let strategy = dsp_strategies::by_name("dsp").unwrap();
     let session = Session::new(strategy, group, config.shape(1, 4, 3, 4))?;
-    let training = TrainingConfig::new(STEPS, 1, 3e-3).with_clip_norm(Some(1.0));
+    let training = TrainingConfig::new(STEPS, 1, 3e-3)
+        .with_clip_norm(Some(1.0))
+        .with_reduce(reduce);
     let roles = roles(&config.block());
     let mut trainer = Trainer::new(template, roles, training, &session, &device);
     let mut draws = Draws::new(3, Purpose::Other, 0);
@@ -215,10 +220,10 @@ fn steps(template: &VideoDit, group: Group) -> Result<Vec<f64>, ModelError> {
 }
 
 /// How many exchanges a rank enters in the whole training.
-fn exchanges() -> u64 {
+fn exchanges(reduce: Reduce) -> u64 {
     let template = template();
     let ends = Launch::new(RANKS)
-        .run(move |group| train(&template, None, group))
+        .run(move |group| train(&template, reduce, None, group))
         .unwrap();
     assert!(
         ends.iter()
@@ -229,21 +234,25 @@ fn exchanges() -> u64 {
 
 /// `count` injections of each fault: culprits in turn, points spread at random over the whole training.
 fn injections(faults: &[Fault], count: u64) -> Vec<Injection> {
-    let exchanges = exchanges();
-    assert!(
-        exchanges >= 5 * STEPS,
-        "a training of {exchanges} exchanges is none"
-    );
+    let ways = [Reduce::AtOnce, Reduce::Overlapped].map(|reduce| (reduce, exchanges(reduce)));
+    for (_, exchanges) in ways {
+        assert!(
+            exchanges >= 5 * STEPS,
+            "a training of {exchanges} exchanges is none"
+        );
+    }
     let mut draws = Draws::new(11, Purpose::Other, 0);
     let mut all = Vec::new();
     for &fault in faults {
         // One of each equally long part, so that the beginning and the end have theirs.
         for (part, drawn) in (0..count).zip(draws.normals(count as usize)) {
             let drawn = f64::from(drawn as f32).abs().fract();
+            let (reduce, exchanges) = ways[all.len() / RANKS % 2];
             all.push(Injection {
                 fault,
                 culprit: all.len() % RANKS,
                 at: ((part as f64 + drawn) * exchanges as f64 / count as f64) as u64,
+                reduce,
             });
         }
     }
@@ -301,7 +310,7 @@ fn disturbed(engine: &Engine, injection: Injection) -> (Option<CommError>, Vec<O
         let rank = group.rank();
         let note = |error: Option<&CommError>| seen.lock().unwrap()[rank] = error.cloned();
         match catch_unwind(AssertUnwindSafe(|| {
-            train(&template, Some(injection), group)
+            train(&template, injection.reduce, Some(injection), group)
         })) {
             Ok(result) => result.map(drop).inspect_err(|error| {
                 let error = error.downcast_ref::<ModelError>();
