@@ -177,7 +177,7 @@ fn main_job() -> Result<()> {
 /// What computes on a GPU, on Mesa's software device where it is installed.
 fn on_lavapipe() -> Result<()> {
     if gpu::lavapipe().is_some() {
-        return gpu::kernels_and_collectives(&Gpu::Lavapipe);
+        return gpu::tests(&Gpu::Lavapipe);
     }
     println!("left out: Mesa's lavapipe is not installed (Debian: mesa-vulkan-drivers libvulkan1)");
     Ok(())

@@ -129,14 +129,14 @@ fn test(gpu: &Gpu, (targets, names): (&[&str], &[&str])) -> Result<()> {
     timed(tests.envs([("PROPTEST_CASES", gpu.tries()), ("PROPTEST_RNG_SEED", SEED)]))
 }
 
-/// Runs the tests of kernels and of collectives: what fits into CI on a device of software.
-pub(crate) fn kernels_and_collectives(gpu: &Gpu) -> Result<()> {
-    TESTS[..2].iter().try_for_each(|tests| test(gpu, *tests))
+/// Runs the tests of kernels, of collectives and of strategies.
+pub(crate) fn tests(gpu: &Gpu) -> Result<()> {
+    TESTS.into_iter().try_for_each(|tests| test(gpu, tests))
 }
 
-/// Runs all tests, then reference files and a small head-to-head under every strategy.
+/// Runs the tests, then reference files and a small head-to-head under every strategy.
 pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
-    TESTS.into_iter().try_for_each(|tests| test(gpu, tests))?;
+    tests(gpu)?;
     let mut build = cargo();
     timed(build.arg("build").args(gpu.build()).args(["--bin", "dsp"]))?;
     let binary = format!("dsp{}", std::env::consts::EXE_SUFFIX);
