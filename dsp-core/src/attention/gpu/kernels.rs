@@ -27,6 +27,9 @@
 #![allow(
     clippy::manual_div_ceil,
     clippy::assign_op_pattern,
+    clippy::collapsible_if,
+    clippy::manual_is_multiple_of,
+    clippy::redundant_field_names,
     reason = "the kernels' language has not all of Rust's"
 )]
 
@@ -86,21 +89,21 @@ pub(super) struct Sizes {
 
 /// Where the parts of the rules' buffer begin.
 #[derive(CubeType, Clone, Copy)]
-struct Rules {
+pub(super) struct Rules {
     /// The first key position that each query sees.
     first: usize,
     /// The position after the last that it sees.
     end: usize,
     /// The keys' positions.
     keys: usize,
-    /// The least of `first` and the greatest of `end` in each tile of queries.
+    /// The least of `first`, the greatest of `end`, the greatest of `first` and the least of `end` in each tile of queries.
     query_tiles: usize,
     /// The least and the greatest position in each tile of keys.
     key_tiles: usize,
 }
 
 #[cube]
-fn rules_of(sizes: &Sizes, sample: usize, #[comptime] tile: Tile) -> Rules {
+pub(super) fn rules_of(sizes: &Sizes, sample: usize, #[comptime] tile: Tile) -> Rules {
     let queries = sizes.queries as usize;
     let query_tiles = (queries + tile.queries - 1) / tile.queries;
     let mut samples = 1usize;
@@ -115,24 +118,34 @@ fn rules_of(sizes: &Sizes, sample: usize, #[comptime] tile: Tile) -> Rules {
         first: own * queries,
         end: (samples + own) * queries,
         keys: keys,
-        query_tiles: tiles + 2 * own * query_tiles,
-        key_tiles: tiles + 2 * samples * query_tiles,
+        query_tiles: tiles + 4 * own * query_tiles,
+        key_tiles: tiles + 4 * samples * query_tiles,
     }
 }
 
 /// Whether any query of a tile may see any key of another.
 #[cube]
-fn meets(rules: &[i32], at: &Rules, query_tile: usize, key_tile: usize) -> bool {
-    let first = rules[at.query_tiles + 2 * query_tile];
-    let end = rules[at.query_tiles + 2 * query_tile + 1];
+pub(super) fn meets(rules: &[i32], at: &Rules, query_tile: usize, key_tile: usize) -> bool {
+    let first = rules[at.query_tiles + 4 * query_tile];
+    let end = rules[at.query_tiles + 4 * query_tile + 1];
     let least = rules[at.key_tiles + 2 * key_tile];
     let greatest = rules[at.key_tiles + 2 * key_tile + 1];
     least < end && greatest >= first
 }
 
+/// Whether every query of a tile sees every key of another.
+#[cube]
+pub(super) fn covers(rules: &[i32], at: &Rules, query_tile: usize, key_tile: usize) -> bool {
+    let first = rules[at.query_tiles + 4 * query_tile + 2];
+    let end = rules[at.query_tiles + 4 * query_tile + 3];
+    let least = rules[at.key_tiles + 2 * key_tile];
+    let greatest = rules[at.key_tiles + 2 * key_tile + 1];
+    least >= first && greatest < end
+}
+
 /// Whether a query sees a key; neither a row past the last.
 #[cube]
-fn sees(
+pub(super) fn sees(
     rules: &[i32],
     at: &Rules,
     sizes: &Sizes,
@@ -271,7 +284,7 @@ fn store<E: Float>(
 
 /// How many of a tile's rows lie before the end.
 #[cube]
-fn rows_left(length: usize, first: usize, #[comptime] rows: usize) -> usize {
+pub(super) fn rows_left(length: usize, first: usize, #[comptime] rows: usize) -> usize {
     let mut left = length - first;
     if left > rows {
         left = rows.runtime();

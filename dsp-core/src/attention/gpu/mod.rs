@@ -2,13 +2,15 @@
 //!
 //! The same functions as [`super::softmax`]'s portable ones, which are what the tests hold them to and what
 //! runs where these do not: with dropout, in f64, for heads too wide for the device's shared memory. Scores
-//! never leave a cube's registers and shared memory, and inputs of 16 bits are computed with and summed in f32.
+//! never leave a cube's registers and shared memory. Whatever the inputs' type, softmax is in f32 and sums are.
 //!
-//! `kernels` computes, `rules` says which pairs are visible; here is the choice of the tile and the launch.
+//! `kernels` computes anywhere and in any type; `matrix` in 16 bits on GPUs that multiply matrices in hardware; `rules`
+//! says which pairs are visible; here is the choice of the kernel and its tile, and the launch.
 
 #![expect(unsafe_code, reason = "kernels are launched")]
 
 mod kernels;
+mod matrix;
 mod rules;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
@@ -20,7 +22,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{
     CubeDevice,
-    cubecl::{CubeCount, CubeDim, client::Client, prelude::BufferArg},
+    cubecl::{CubeCount, CubeDim, client::Client, ir::features::MmaConfig, prelude::BufferArg},
 };
 
 use super::Problem;
@@ -49,26 +51,45 @@ pub(super) fn forward(
     let element = q.dtype;
     let out = launch.empty([batch, queries, heads, launch.tile.value_width], element);
     let lse = launch.empty([batch, queries, heads], DType::F32);
-    let cubes = queries.div_ceil(launch.tile.queries) * heads * batch;
-    // SAFETY: the buffers have the lengths that `launch.sizes` says, and every index of the kernel is guarded
-    // by those; the shared memory was held to the device's limit.
+    let cubes = grid(queries.div_ceil(launch.tile.queries) * heads * batch);
+    // SAFETY: the buffers have the lengths that `launch.sizes` says, and every index of the kernels is guarded
+    // by those; the shared memory was held to the device's limit. Rows are whole vectors where they are read so.
     unsafe {
-        kernels::attend::launch_unchecked(
-            &launch.client,
-            grid(cubes),
-            CubeDim::new_2d(UNITS as u32, UNITS as u32),
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            launch.rules(),
-            out.clone().into_buffer_arg(),
-            lse.clone().into_buffer_arg(),
-            launch.sizes(),
-            problem.scale as f32,
-            f32::NEG_INFINITY,
-            launch.tile,
-            element_of(element),
-        );
+        match launch.by {
+            By::Units => kernels::attend::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.queries),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                launch.rules(),
+                out.clone().into_buffer_arg(),
+                lse.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                f32::NEG_INFINITY,
+                launch.tile,
+                element_of(element),
+            ),
+            By::Matrices => matrix::attend::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.queries),
+                matrix::VECTOR,
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                launch.rules(),
+                out.clone().into_buffer_arg(),
+                lse.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                f32::NEG_INFINITY,
+                launch.tile,
+                element_of(element),
+            ),
+        }
     }
     Some((tensor(out), tensor(lse)))
 }
@@ -97,52 +118,93 @@ pub(super) fn backward(
     let launch = queries_launch;
     let [batch, queries, heads, _] = q_shape;
     let dq = launch.empty(q_shape, element);
-    let cubes = queries.div_ceil(launch.tile.queries) * heads * batch;
+    let cubes = grid(queries.div_ceil(launch.tile.queries) * heads * batch);
     // SAFETY: as in `forward`.
     unsafe {
-        kernels::query_gradient::launch_unchecked(
-            &launch.client,
-            grid(cubes),
-            CubeDim::new_2d(UNITS as u32, UNITS as u32),
-            q.clone().into_buffer_arg(),
-            k.clone().into_buffer_arg(),
-            v.clone().into_buffer_arg(),
-            dout.clone().into_buffer_arg(),
-            lse.clone().into_buffer_arg(),
-            delta.clone().into_buffer_arg(),
-            launch.rules(),
-            dq.clone().into_buffer_arg(),
-            launch.sizes(),
-            problem.scale as f32,
-            launch.tile,
-            element_of(element),
-        );
+        match launch.by {
+            By::Units => kernels::query_gradient::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.queries),
+                q.clone().into_buffer_arg(),
+                k.clone().into_buffer_arg(),
+                v.clone().into_buffer_arg(),
+                dout.clone().into_buffer_arg(),
+                lse.clone().into_buffer_arg(),
+                delta.clone().into_buffer_arg(),
+                launch.rules(),
+                dq.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                launch.tile,
+                element_of(element),
+            ),
+            By::Matrices => matrix::query_gradient::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.queries),
+                matrix::VECTOR,
+                q.clone().into_buffer_arg(),
+                k.clone().into_buffer_arg(),
+                v.clone().into_buffer_arg(),
+                dout.clone().into_buffer_arg(),
+                lse.clone().into_buffer_arg(),
+                delta.clone().into_buffer_arg(),
+                launch.rules(),
+                dq.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                launch.tile,
+                element_of(element),
+            ),
+        }
     }
     let launch = keys_launch;
     let [batch, keys, kv_heads, _] = k_shape;
     let dk = launch.empty(k_shape, element);
     let dv = launch.empty(v_shape, element);
-    let cubes = keys.div_ceil(launch.tile.keys) * kv_heads * batch;
+    let cubes = grid(keys.div_ceil(launch.tile.keys) * kv_heads * batch);
     // SAFETY: as in `forward`.
     unsafe {
-        kernels::key_value_gradients::launch_unchecked(
-            &launch.client,
-            grid(cubes),
-            CubeDim::new_2d(UNITS as u32, UNITS as u32),
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            dout.into_buffer_arg(),
-            lse.into_buffer_arg(),
-            delta.into_buffer_arg(),
-            launch.rules(),
-            dk.clone().into_buffer_arg(),
-            dv.clone().into_buffer_arg(),
-            launch.sizes(),
-            problem.scale as f32,
-            launch.tile,
-            element_of(element),
-        );
+        match launch.by {
+            By::Units => kernels::key_value_gradients::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.keys),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                dout.into_buffer_arg(),
+                lse.into_buffer_arg(),
+                delta.into_buffer_arg(),
+                launch.rules(),
+                dk.clone().into_buffer_arg(),
+                dv.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                launch.tile,
+                element_of(element),
+            ),
+            By::Matrices => matrix::key_value_gradients::launch_unchecked(
+                &launch.client,
+                cubes,
+                launch.cube(launch.tile.keys),
+                matrix::VECTOR,
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                dout.into_buffer_arg(),
+                lse.into_buffer_arg(),
+                delta.into_buffer_arg(),
+                launch.rules(),
+                dk.clone().into_buffer_arg(),
+                dv.clone().into_buffer_arg(),
+                launch.sizes(),
+                problem.scale as f32,
+                launch.tile,
+                element_of(element),
+            ),
+        }
     }
     Some([dq, dk, dv].map(tensor))
 }
@@ -155,8 +217,16 @@ enum Pass {
     KeysAndValues,
 }
 
+/// Which kernels: those on every unit's own arithmetic, or those on matrix units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Units,
+    Matrices,
+}
+
 /// What every launch of a problem needs.
 struct Launch<'a> {
+    by: By,
     client: Client,
     device: CubeDevice,
     tile: Tile,
@@ -190,13 +260,20 @@ impl<'a> Launch<'a> {
             return None;
         }
         let CubeTensor { client, device, .. } = q.clone().try_into_primitive::<Cube>().ok()?;
-        let tile = tile(
-            pass,
-            (q_shape[1], k_shape[1]),
-            (q_shape[3], v_shape[3]),
-            rules::masked(problem, q_shape[0]),
-            client.properties().hardware.max_shared_memory_size,
-        )?;
+        let lengths = (q_shape[1], k_shape[1]);
+        let widths = (q_shape[3], v_shape[3]);
+        let masked = rules::masked(problem, q_shape[0]);
+        let shared_bytes = client.properties().hardware.max_shared_memory_size;
+        let by_matrices = has_matrices(&client, q.dtype())
+            .then(|| matrix_tile(pass, lengths, widths, masked, shared_bytes))
+            .flatten();
+        let (by, tile) = match by_matrices {
+            Some(tile) => (By::Matrices, tile),
+            None => (
+                By::Units,
+                tile(pass, lengths, widths, masked, shared_bytes)?,
+            ),
+        };
         let rules = match tile.masked {
             true => rules::rules(problem, q_shape[0], (tile.queries, tile.keys))?,
             // A buffer holds something.
@@ -206,6 +283,7 @@ impl<'a> Launch<'a> {
             },
         };
         Some(Self {
+            by,
             client,
             device,
             tile,
@@ -229,6 +307,14 @@ impl<'a> Launch<'a> {
             heads.group as u32,
             u32::from(self.rules.by_sample),
         )
+    }
+
+    /// The units of a cube whose tiles have so many rows.
+    fn cube(&self, rows: usize) -> CubeDim {
+        match self.by {
+            By::Units => CubeDim::new_2d(UNITS as u32, UNITS as u32),
+            By::Matrices => CubeDim::new_2d(matrix::PLANE as u32, matrix::planes(rows) as u32),
+        }
     }
 
     fn rules(&self) -> BufferArg {
@@ -286,6 +372,74 @@ fn shared_numbers(pass: Pass, tile: &Tile) -> usize {
             keys * (stride + value_stride) + queries * shared + keys * (queries + 1)
         }
     }
+}
+
+/// Whether the device multiplies matrices of this type in its planes, as [`matrix`] asks it to.
+fn has_matrices(client: &Client, dtype: DType) -> bool {
+    let element = element_of(dtype);
+    let instruction = MmaConfig {
+        a_type: element,
+        b_type: element,
+        cd_type: element_of(DType::F32),
+        m: 16,
+        n: 8,
+        k: 16,
+    };
+    let (hardware, features) = (&client.properties().hardware, client.features());
+    let planes = (hardware.plane_size_min, hardware.plane_size_max);
+    planes == (matrix::PLANE as u32, matrix::PLANE as u32)
+        && features.matmul.mma.contains(&instruction)
+        && features.matmul.ldmatrix.contains(&element)
+}
+
+/// [`tile`] for matrix units: none if rows are not whole blocks of their columns, or too long for the registers.
+fn matrix_tile(
+    pass: Pass,
+    (queries, keys): (usize, usize),
+    (width, value_width): (usize, usize),
+    masked: bool,
+    shared_bytes: usize,
+) -> Option<Tile> {
+    /// Sums and scores that a unit keeps in registers, of which it has 255.
+    const KEPT: usize = 160;
+    /// Channels of the widest heads: all loops over them are unrolled.
+    const WIDEST: usize = 256;
+    let whole = |width: usize| width <= WIDEST && width.is_multiple_of(matrix::BLOCK);
+    if !whole(width) || !whole(value_width) {
+        return None;
+    }
+    let useful = |length: usize| length.next_multiple_of(matrix::BLOCK);
+    let lengths = [128, 64, 32, 16];
+    let tiles = lengths.into_iter().flat_map(|queries| {
+        lengths.map(|keys| Tile {
+            queries,
+            keys,
+            width,
+            value_width,
+            masked,
+        })
+    });
+    tiles
+        .filter(|tile| {
+            let (rows, columns, sums, scores) = match pass {
+                Pass::Forward => (tile.queries, tile.keys, value_width, 1),
+                Pass::Queries => (tile.queries, tile.keys, width, 2),
+                Pass::KeysAndValues => (tile.keys, tile.queries, width + value_width, 2),
+            };
+            let kept = matrix::blocks(rows) * (scores * columns + sums) / 2;
+            let row = matrix::stride(width) + matrix::stride(value_width);
+            let own = match pass {
+                Pass::Forward => matrix::stride(width),
+                Pass::Queries | Pass::KeysAndValues => row,
+            };
+            let shared = 2 * matrix::VECTOR * (rows * own + columns * row);
+            tile.queries <= useful(queries)
+                && tile.keys <= useful(keys)
+                && columns <= 64
+                && kept <= KEPT
+                && shared <= shared_bytes
+        })
+        .max_by_key(|tile| (tile.queries * tile.keys, tile.keys))
 }
 
 fn grid(cubes: usize) -> CubeCount {

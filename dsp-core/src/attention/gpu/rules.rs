@@ -1,13 +1,17 @@
 //! A mask as numbers that a kernel can read.
 //!
 //! Whatever the mask, the keys that a query sees are those at an *interval* of positions. So two numbers a
-//! query, one a key, and two a tile say everything, for keys and queries in any order:
+//! query, one a key, and a few a tile say everything, for keys and queries in any order:
 //!
 //! ```text
 //!   first: queries of each sample │ end: the same │ keys' positions │ tiles of queries │ tiles of keys
 //!   └── query i sees the key at p if first[i] ≤ p < end[i] ──────┘    (least first,      (least,
-//!                                                                      greatest end)      greatest position)
+//!                                                                      greatest end,      greatest position)
+//!                                                                      greatest first,
+//!                                                                      least end)
 //! ```
+//!
+//! Of a tile of queries the first two say whether any of them may see a tile of keys, the others whether all see it whole.
 
 use std::ops::Range;
 
@@ -54,6 +58,11 @@ pub(super) fn rules(
             let seeing = || tile.iter().filter(|seen| !seen.is_empty());
             push(seeing().map(|seen| seen.start).min().unwrap_or(usize::MAX));
             push(seeing().map(|seen| seen.end).max().unwrap_or(0));
+            // A query that sees nothing has no tile whole.
+            let whole = seeing().count() == tile.len();
+            let first = seeing().map(|seen| seen.start).max();
+            push(first.filter(|_| whole).unwrap_or(usize::MAX));
+            push(seeing().map(|seen| seen.end).min().unwrap_or(0));
         }
     }
     let keys: Vec<usize> = keys().collect();

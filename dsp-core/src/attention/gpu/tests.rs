@@ -1,4 +1,8 @@
 //! The kernels against the portable functions on the processor, in f64.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test whose preparation fails has failed"
+)]
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -151,16 +155,21 @@ fn masks(batch: usize) -> impl Strategy<Value = Mask> {
     ]
 }
 
-fn cases() -> impl Strategy<Value = Case> {
-    (1..3usize).prop_flat_map(|batch| {
+/// Each pair of widths is a kernel of its own: narrower than the units, and wider with a remainder.
+const WIDTHS: [(usize, usize); 2] = [(5, 3), (24, 40)];
+
+/// Whole blocks of matrix units.
+const BLOCKS: [(usize, usize); 3] = [(16, 32), (64, 64), (128, 48)];
+
+fn cases(widths: &'static [(usize, usize)]) -> impl Strategy<Value = Case> {
+    (1..3usize).prop_flat_map(move |batch| {
         (
             masks(batch),
             positions(),
             positions(),
             (0..6usize, 1..6usize, 1..5usize),
             0.2..0.6f64,
-            // Each pair is a kernel of its own: narrower than the units, and wider with a remainder.
-            prop_oneof![Just((5, 3)), Just((24, 40))],
+            prop::sample::select(widths),
             any::<u32>(),
         )
             .prop_map(
@@ -209,10 +218,70 @@ proptest! {
     #![proptest_config(tries(40))]
 
     #[test]
-    fn every_mask_and_any_rows_give_the_portable_output_logsumexp_and_gradients(case in cases()) {
+    fn every_mask_and_any_rows_give_the_portable_output_logsumexp_and_gradients(case in cases(&WIDTHS)) {
         // Sums of some hundred terms in f32, each rounded at 6e-8 of its size, and the device's own exponential.
         case.found(DType::F32).assert_close(&case.expected(), 1e-5);
     }
+}
+
+/// How far 16-bit results are from f64's, for inputs that are exact in both: a few roundings of the type, and in f32 the
+/// logsumexp, which never was in 16 bits.
+fn assert_close_in_16_bits(case: &Case, dtype: DType) {
+    let (found, expected) = (case.found(dtype), case.expected());
+    assert_eq!(found.out.dtype(), dtype);
+    assert_eq!(found.lse.dtype(), DType::F32);
+    assert_close("lse", &found.lse, &expected.lse, 1e-5);
+    let epsilon = match dtype {
+        DType::F16 => 1e-3,
+        _ => 8e-3,
+    };
+    found.assert_close(&expected, 4.0 * epsilon);
+}
+
+/// Types of 16 bits that the device has.
+fn sixteen_bits() -> impl Iterator<Item = DType> {
+    let dtypes = [DType::F16, DType::BF16].into_iter();
+    dtypes.filter(|&dtype| Device::default().supports_dtype(dtype))
+}
+
+proptest! {
+    #![proptest_config(tries(20))]
+
+    /// Where the device has matrix units, these are computed there.
+    #[test]
+    fn whole_blocks_in_16_bits_give_the_portable_output_logsumexp_and_gradients(
+        mut case in cases(&BLOCKS),
+    ) {
+        // Scores of the size that models have.
+        case.problem.scale *= 0.5;
+        sixteen_bits().for_each(|dtype| assert_close_in_16_bits(&case, dtype));
+    }
+}
+
+#[test]
+fn long_rows_in_16_bits_pass_whole_tiles_and_parts_of_some() {
+    for mask in [Mask::Full, Mask::Causal] {
+        let mut case = plain(1, 2, 300, 333, mask);
+        case.widths = (64, 64);
+        sixteen_bits().for_each(|dtype| assert_close_in_16_bits(&case, dtype));
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn sixteen_bits_are_multiplied_by_matrix_units_and_the_rest_is_not() {
+    let by = |widths: (usize, usize), dtype| {
+        let mut case = plain(1, 2, 70, 70, Mask::Causal);
+        case.widths = widths;
+        let [q, k, v, _] = case.inputs(&Device::default(), dtype);
+        [Pass::Forward, Pass::Queries, Pass::KeysAndValues]
+            .map(|pass| Launch::of(&q, &k, &v, &case.problem, pass).unwrap().by)
+    };
+    for widths in BLOCKS {
+        assert_eq!(by(widths, DType::BF16), [By::Matrices; 3]);
+        assert_eq!(by(widths, DType::F32), [By::Units; 3]);
+    }
+    assert_eq!(by((24, 40), DType::BF16), [By::Units; 3]);
 }
 
 #[test]
@@ -295,19 +364,8 @@ fn strided_inputs_are_read_as_they_look() {
 
 #[test]
 fn sixteen_bits_are_summed_in_f32() {
-    for (dtype, epsilon) in [(DType::F16, 1e-3), (DType::BF16, 8e-3)] {
-        if !Device::default().supports_dtype(dtype) {
-            continue;
-        }
-        let case = plain(1, 2, 70, 300, Mask::Causal);
-        let (found, expected) = (case.found(dtype), case.expected());
-        assert_eq!(found.out.dtype(), dtype);
-        assert_eq!(found.lse.dtype(), DType::F32);
-        // The inputs are exact in 16 bits, and the logsumexp never was in them.
-        assert_close("lse", &found.lse, &expected.lse, 1e-5);
-        // Two roundings of the output: its own, and that of what the gradients take of it.
-        found.assert_close(&expected, 4.0 * epsilon);
-    }
+    let case = plain(1, 2, 70, 300, Mask::Causal);
+    sixteen_bits().for_each(|dtype| assert_close_in_16_bits(&case, dtype));
 }
 
 #[test]
@@ -318,6 +376,13 @@ fn the_same_inputs_give_the_same_bits() {
         [&results.out, dq, dk, dv].map(doubles)
     };
     assert_eq!(bits(&case.found(DType::F32)), bits(&case.found(DType::F32)));
+    let whole = Case {
+        widths: (64, 64),
+        ..case
+    };
+    for dtype in sixteen_bits() {
+        assert_eq!(bits(&whole.found(dtype)), bits(&whole.found(dtype)));
+    }
 }
 
 #[test]
@@ -340,6 +405,28 @@ fn dropout_f64_empty_blocks_and_heads_that_do_not_fit_are_left_to_the_portable_w
     let mut wide = plain(1, 1, 4, 4, Mask::Full);
     wide.widths = (1 << 16, 4);
     assert!(declined(&wide, &device, DType::F32));
+}
+
+#[test]
+fn tiles_of_matrix_units_fit_and_have_as_many_rows_as_planes_own() {
+    for bytes in [48 << 10, 99 << 10, 227 << 10] {
+        for pass in [Pass::Forward, Pass::Queries, Pass::KeysAndValues] {
+            for width in [16, 64, 128] {
+                for length in [1, 16, 17, 4096] {
+                    let lengths = (length, length);
+                    let tile = matrix_tile(pass, lengths, (width, width), true, bytes).unwrap();
+                    let rows = match pass {
+                        Pass::KeysAndValues => tile.keys,
+                        _ => tile.queries,
+                    };
+                    assert_eq!(rows, 16 * matrix::planes(rows) * matrix::blocks(rows));
+                    assert!(tile.queries < length + 16 && tile.keys < length + 16);
+                }
+            }
+        }
+    }
+    assert!(matrix_tile(Pass::Forward, (64, 64), (24, 64), true, 1 << 20).is_none());
+    assert!(matrix_tile(Pass::Forward, (64, 64), (512, 64), true, 1 << 20).is_none());
 }
 
 #[test]
