@@ -37,6 +37,7 @@ pub mod launch;
 pub mod layout;
 pub mod ledger;
 pub mod linear;
+mod matmul;
 pub mod overlap;
 pub mod partition;
 pub mod place;

@@ -10,6 +10,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
+use crate::matmul::matmul;
 use crate::shape::reshape;
 use crate::vjp::attach3;
 
@@ -76,7 +77,7 @@ pub fn affine<const D: usize>(
         let dw = match weight_tracked && rows * inputs * outputs > 0 {
             true => {
                 let x: Tensor<2> = reshape(inner_x.clone(), [rows, inputs]);
-                reshape(x.transpose().matmul(gradient), unsqueezed)
+                reshape(matmul(x.transpose(), gradient), unsqueezed)
             }
             false => Tensor::zeros(unsqueezed, options),
         };
@@ -100,7 +101,7 @@ pub fn times<const D: usize>(x: Tensor<D>, matrix: Tensor<2>) -> Tensor<D> {
     if rows * inputs * outputs == 0 {
         return Tensor::zeros(dims, (&x.device(), x.dtype()));
     }
-    let product = reshape(x, [rows, inputs]).matmul(matrix);
+    let product = matmul(reshape(x, [rows, inputs]), matrix);
     reshape(product, dims)
 }
 

@@ -38,6 +38,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::HeadRange;
+use crate::matmul::matmul;
 use crate::vjp;
 
 /// What to attend to: everything but the tensors.
@@ -267,7 +268,7 @@ fn within_in(
     let of_block = |rows: Range<usize>| {
         let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
         let weights = scores(q.part(&rows), k.part(&rows)) * tables.triangle.clone();
-        let output = weights.matmul(v.part(&rows));
+        let output = matmul(weights, v.part(&rows));
         (rows, output)
     };
     Within {
@@ -288,7 +289,7 @@ impl Within {
         let parts = self.blocks.into_iter().zip(&states.met);
         let parts = parts.map(|((rows, within), state)| {
             let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
-            within + (q.part(&rows) * tables.reached.clone()).matmul(state.clone())
+            within + matmul(q.part(&rows) * tables.reached.clone(), state.clone())
         });
         let shape = [batch, length, heads, width];
         joined(parts.collect(), shape, (&q.device, dtype))
@@ -490,7 +491,7 @@ fn gradients_before(
     let weights = scores(q.clone(), k.clone()) * tables.triangle.clone();
     let dweights = scores(dout.clone(), v) * tables.triangle.clone();
     let from_before = scores(dout.clone(), state.clone()) * tables.reached.clone();
-    let dq = dweights.clone().matmul(k) + from_before;
+    let dq = matmul(dweights.clone(), k) + from_before;
     [
         dq.mul_scalar(problem.scale),
         outer(dweights, q),
@@ -507,7 +508,7 @@ fn gradients_after(
 ) -> [Tensor<4>; 2] {
     [
         dk + scores(v, state.clone()) * tables.aged.clone(),
-        dv + (k * tables.aged.clone()).matmul(state.clone()),
+        dv + matmul(k * tables.aged.clone(), state.clone()),
     ]
 }
 
@@ -630,12 +631,12 @@ impl Rows {
 
 /// `a bᵀ`.
 fn scores(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
-    a.matmul(b.swap_dims(2, 3))
+    matmul(a, b.swap_dims(2, 3))
 }
 
 /// `aᵀ b`: the sum over the rows of their outer products.
 fn outer(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
-    a.swap_dims(2, 3).matmul(b)
+    matmul(a.swap_dims(2, 3), b)
 }
 
 /// Blocks of rows end to end, as `[B, L, H, ·]`: nothing, if there are none.

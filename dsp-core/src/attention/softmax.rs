@@ -26,6 +26,7 @@ use std::ops::Range;
 use burn::tensor::{Bool, DType, Device, Tensor, TensorData, s};
 
 use super::{Dropout, Heads, Mask, Visibility};
+use crate::matmul::matmul;
 use crate::vjp;
 
 /// The query heads that a rank holds, and how many of them share a kv head.
@@ -433,16 +434,16 @@ fn backward_in(
                 let kept = block.kept(&weights.device());
                 let dout = queries.dout.clone();
                 let dropped = drop_out(weights.clone(), kept.as_ref());
-                add(&mut block_dv, dropped.swap_dims(2, 3).matmul(dout.clone()));
-                let dweights = dout.matmul(block_v.clone().swap_dims(2, 3));
+                add(&mut block_dv, matmul(dropped.swap_dims(2, 3), dout.clone()));
+                let dweights = matmul(dout, block_v.clone().swap_dims(2, 3));
                 let dweights = drop_out(dweights, kept.as_ref());
                 let dscores = weights * (dweights - queries.delta.clone());
                 // `q` carries the scale already.
                 add(
                     &mut block_dk,
-                    dscores.clone().swap_dims(2, 3).matmul(queries.q.clone()),
+                    matmul(dscores.clone().swap_dims(2, 3), queries.q.clone()),
                 );
-                add(&mut queries.dq, dscores.matmul(block_k.clone()));
+                add(&mut queries.dq, matmul(dscores, block_k.clone()));
             }
             if let (Some(block_dk), Some(block_dv)) = (block_dk, block_dv) {
                 dk = tile.assign_keys(dk, &keys, block_dk);
@@ -667,7 +668,7 @@ impl Block<'_> {
 
     /// `[b, h, rows·group, keys]`, hidden pairs at [`hidden_score`].
     fn scores(&self, visibility: Visibility, q: &Tensor<4>, k: Tensor<4>) -> Tensor<4> {
-        let scores = q.clone().matmul(k.swap_dims(2, 3));
+        let scores = matmul(q.clone(), k.swap_dims(2, 3));
         match visibility {
             Visibility::Some => {
                 let hidden = self.hidden(&scores.device());
@@ -759,7 +760,7 @@ fn attend(scores: Tensor<4>, v: Tensor<4>, kept: Option<&Kept>) -> (Tensor<4>, T
     let weights = (scores - maximum.clone()).exp();
     let sum = weights.clone().sum_dim(3);
     // The largest weight is 1, so that only the sum of a row that sees nothing is below one half.
-    let out = drop_out(weights, kept).matmul(v) / sum.clone().clamp_min(0.5);
+    let out = matmul(drop_out(weights, kept), v) / sum.clone().clamp_min(0.5);
     (out, maximum + sum.log())
 }
 
@@ -768,7 +769,8 @@ fn merge_rows(a: (Tensor<4>, Tensor<4>), b: (Tensor<4>, Tensor<4>)) -> (Tensor<4
     let ((out_a, lse_a), (out_b, lse_b)) = (a, b);
     let bound = least_maximum(lse_a.dtype());
     let gap = lse_b.clone().clamp_min(bound) - lse_a.clone().clamp_min(bound);
-    let weight_of_b = burn::tensor::activation::sigmoid(gap.clone());
+    // The sigmoid. Burn's own is in f32 on GPUs, whatever the type (0.22.1).
+    let weight_of_b = (gap.clone().neg().exp() + 1.0).recip();
     let out = out_a.clone() - weight_of_b * (out_a - out_b);
     // From the larger one, −log σ(x) = log(1 + exp(−x)) with x ≥ 0: at most log 2.
     let correction = gap.abs().neg().exp().log1p();
