@@ -566,7 +566,7 @@ proptest! {
             .collect();
         let (all, list) = (layouts.clone(), pairs.clone());
         let seen = launch(ranks, move |group| -> Result<_, Error> {
-            let device = Device::flex().autodiff();
+            let device = device(DType::F64).autodiff();
             let rank = group.rank();
             let mut seen = Vec::new();
             for &(from, to) in &list {
@@ -730,7 +730,7 @@ proptest! {
         let dy: Vec<_> = (0..ranks).map(|rank| noise_of(&to, rank, 50)).collect();
         let (x, c, f, t) = (given.clone(), dy.clone(), from.clone(), to.clone());
         let seen = launch(ranks, move |group| -> Result<_, CommError> {
-            let device = Device::flex().autodiff();
+            let device = device(DType::F64).autodiff();
             let rank = group.rank();
             let mut x = tensor(x[rank].clone(), f.local_shape(rank), &device);
             if reversed {
@@ -801,8 +801,8 @@ fn untracked_tensors_stay_untracked_with_and_without_an_autodiff_device() {
 
 #[test]
 fn ranks_on_different_devices_get_what_they_need_where_they_are() {
-    // Where no GPU's backend is compiled in, both are the processor.
-    let seen = launch(2, |group| -> Result<_, CommError> {
+    // Where no GPU's backend is compiled in, both are the processor. Only threads have more than one kind.
+    let seen = dsp_core::launch(2, |group| -> Result<_, CommError> {
         let own = match group.rank() {
             0 => Device::flex(),
             _ => device(DType::F32),
@@ -856,7 +856,7 @@ fn a_loss_after_a_gather_and_an_all_reduced_loss_on_every_rank_count_once_for_ea
 #[test]
 fn all_reduce_in_books_its_phase_and_sums_like_all_reduce() {
     launch(3, |group| -> Result<(), CommError> {
-        let x = random([2, 5], group.rank() as u64, DType::F64);
+        let x = random([2, 5], group.rank() as u64, DType::F64).to_device(&device(DType::F64));
         let all: Vec<_> = (0..3)
             .map(|rank| random([2, 5], rank, DType::F64))
             .collect();
@@ -880,7 +880,7 @@ fn rows_and_columns_of_a_mesh_run_their_own_collectives_side_by_side() {
         let columns = MeshAxis { stride: u, size: r };
         let block = |rank: usize| random([2, 3], rank as u64, DType::F64);
         let seen = launch(ranks, move |group| -> Result<_, CommError> {
-            let device = Device::flex().autodiff();
+            let device = device(DType::F64).autodiff();
             let row = group.along(rows)?;
             let column = group.along(columns)?;
             assert_eq!(row.rank(), rows.coordinate(group.rank()));
@@ -1046,9 +1046,14 @@ fn a_receivers_changes_in_place_do_not_reach_the_sender() {
 }
 
 #[test]
-fn what_mpi_started_runs_on_mpi() {
-    let by_mpirun = cfg!(feature = "mpi") && std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some();
-    assert_eq!(matches!(engine(1), Engine::Threads), !by_mpirun);
+fn what_was_started_as_a_rank_runs_as_one() {
+    let told = |name| std::env::var_os(name).is_some();
+    let by_mpirun = cfg!(feature = "mpi") && told("OMPI_COMM_WORLD_SIZE");
+    let as_a_rank = cfg!(feature = "nccl") && told("RANK");
+    assert_eq!(
+        matches!(engine(1), Engine::Threads),
+        !by_mpirun && !as_a_rank
+    );
 }
 
 #[test]
@@ -1057,11 +1062,8 @@ fn half_precision_moves_bit_for_bit_and_sums_in_rank_order() {
         for ranks in 1..=4 {
             let seen = launch(ranks, move |group| -> Result<_, CommError> {
                 let partition = Partition::zigzag(7, group.size());
-                let own = random(
-                    [3, partition.count(group.rank())],
-                    group.rank() as u64,
-                    dtype,
-                );
+                let shape = [3, partition.count(group.rank())];
+                let own = random(shape, group.rank() as u64, dtype).to_device(&device(dtype));
                 let gathered = collective::all_gather(own, 1, &partition, &group)?;
                 let sum =
                     collective::all_reduce(gathered.clone() * (1.0 + group.rank() as f64), &group)?;
@@ -1096,12 +1098,15 @@ fn large_blocks_are_moved_and_summed_like_small_ones() {
                 let row = Partition::balanced(rows, group.size());
                 let column = Partition::balanced(columns, group.size());
                 let shape = [row.count(group.rank()), columns, width];
-                let mut x = random(shape, group.rank() as u64, DType::F64);
-                if reversed {
-                    let permuted = x.permute([2, 1, 0]);
-                    x = Tensor::from_data(permuted.to_data(), (&Device::flex(), DType::F64))
-                        .permute([2, 1, 0]);
-                }
+                let device = device(DType::F64);
+                let x = random(shape, group.rank() as u64, DType::F64);
+                let x = match reversed {
+                    false => x.to_device(&device),
+                    true => {
+                        let permuted = x.permute([2, 1, 0]).to_data();
+                        Tensor::from_data(permuted, (&device, DType::F64)).permute([2, 1, 0])
+                    }
+                };
                 let moved = collective::all_to_all(x.clone(), (0, &row), (1, &column), &group)?;
                 let back = collective::all_to_all(moved.clone(), (1, &column), (0, &row), &group)?;
                 let whole = collective::all_gather(x, 0, &row, &group)?;
@@ -1190,7 +1195,8 @@ fn a_view_of_a_part_of_a_tensor_is_sent_from_where_it_begins() {
             let before = after.clone().with_dim(1, DimBlocks::split(&partition));
             let (before, after) = (Arc::new(before), Arc::new(after));
             let kinds = (Collective::AllGather, Collective::ReduceScatter);
-            let own = view(group.rank());
+            let own = random([4, 2, 1, 1, 3], group.rank() as u64, dtype);
+            let own = own.to_device(&device(dtype)).narrow(0, 1, 2);
             let gathered = collective::exchange(own, before, after, kinds.0, kinds.1, &group)?;
             let expected = &reference::all_gather(&blocks, 1, &partition)[group.rank()];
             assert_eq!(bits(&gathered), bits(expected));

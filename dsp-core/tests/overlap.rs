@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Device, Tensor};
-use common::{bits, launch, random, tries};
+use burn::tensor::{DType, Tensor};
+use common::{bits, device, launch, random, tries};
 use dsp_core::layout::MeshAxis;
 use dsp_core::ledger::Phase;
 use dsp_core::strategy::{OutputLayout, Parameter, Placement, Role, StagePlan, Units};
@@ -172,7 +172,7 @@ impl Case {
         if self.replicas > 1 {
             session = session.with_replicas(along(self.ranks, self.replicas)?);
         }
-        let placed = session.place(toy, Toy::role, &Device::flex().autodiff());
+        let placed = session.place(toy, Toy::role, &device(DType::F64).autodiff());
         let overlap = Overlap::new(&session, self.bucket)?;
         let (rank, uses_all) = (world.rank(), self.users[world.rank()]);
 
@@ -237,7 +237,7 @@ fn a_rank_that_fails_in_its_backward_pass_ends_those_that_wait_for_its_gradients
             output: OutputLayout::Free,
         };
         let session = Session::new(Arc::new(Cutting), group.clone(), model)?;
-        let placed = session.place(&*toy, Toy::role, &Device::flex().autodiff());
+        let placed = session.place(&*toy, Toy::role, &device(DType::F64).autodiff());
         let overlap = Overlap::new(&session, NonZeroUsize::MIN)?;
         let (module, reduction) = overlap.begin(&placed, GradientsParams::new());
         let loss = module.loss(group.rank(), 0, true);

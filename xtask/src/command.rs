@@ -77,6 +77,29 @@ pub(crate) fn target_directory() -> Result<PathBuf> {
         .into())
 }
 
+/// Where cargo puts the test binaries of these names, with the place of their name among them: packages may have tests of
+/// the same name. `build` says how they are built.
+pub(crate) fn test_binaries(build: &mut Command, names: &[&str]) -> Result<Vec<(usize, PathBuf)>> {
+    let built = output(build.args(["--no-run", "--message-format", "json"]))?;
+    let messages = (built.split(|&byte| byte == b'\n'))
+        .filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+    let mut found: Vec<(usize, PathBuf)> = messages
+        .filter(|message| message["target"]["kind"][0] == "test")
+        .filter_map(|message| {
+            let name = message["target"]["name"].as_str()?;
+            let place = names.iter().position(|known| *known == name)?;
+            Some((place, message["executable"].as_str()?.into()))
+        })
+        .collect();
+    found.sort();
+    for (place, name) in names.iter().enumerate() {
+        if !found.iter().any(|(known, _)| *known == place) {
+            bail!("cargo built no test {name}");
+        }
+    }
+    Ok(found)
+}
+
 /// `command` as a person would type it.
 fn shown(command: &Command) -> String {
     let program = std::path::Path::new(command.get_program());

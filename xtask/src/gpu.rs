@@ -11,6 +11,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 
 use crate::command::{cargo, run, target_directory};
+use crate::nccl;
 
 /// Where the loader of Vulkan finds lavapipe, by Debian's and Mesa's names.
 const DRIVERS: [&str; 4] = [
@@ -48,6 +49,8 @@ pub(crate) enum Gpu {
     Wgpu,
     /// NVIDIA's, by numbers: `cuda:0`, or `cuda:0,1` for ranks on several.
     Cuda(String),
+    /// The same, by a process for each rank: only what exchanges through NCCL is tested.
+    Nccl(Vec<usize>),
 }
 
 impl FromStr for Gpu {
@@ -59,7 +62,15 @@ impl FromStr for Gpu {
             ("wgpu", "") => Ok(Self::Wgpu),
             ("cuda", "") => Ok(Self::Cuda("0".to_owned())),
             ("cuda", numbers) => Ok(Self::Cuda(numbers.to_owned())),
-            _ => Err(anyhow!("there are lavapipe, wgpu, cuda:0 and cuda:0,1")),
+            ("nccl", numbers) => {
+                let numbers = numbers.split(',').map(str::parse).collect::<Result<_, _>>();
+                numbers
+                    .map(Self::Nccl)
+                    .context("nccl: takes GPUs by number, as in nccl:0,1")
+            }
+            _ => Err(anyhow!(
+                "there are lavapipe, wgpu, cuda:0, cuda:0,1 and nccl:0,1"
+            )),
         }
     }
 }
@@ -70,6 +81,7 @@ impl Gpu {
         match self {
             Self::Lavapipe | Self::Wgpu => "wgpu".to_owned(),
             Self::Cuda(numbers) => format!("cuda:{numbers}"),
+            Self::Nccl(_) => "cuda".to_owned(),
         }
     }
 
@@ -78,6 +90,7 @@ impl Gpu {
         match self {
             Self::Lavapipe | Self::Wgpu => "wgpu,dsp-core/nccl-engine",
             Self::Cuda(_) => "cuda",
+            Self::Nccl(_) => "nccl",
         }
     }
 
@@ -85,7 +98,7 @@ impl Gpu {
     fn tries(&self) -> &'static str {
         match self {
             Self::Lavapipe => "4",
-            Self::Wgpu | Self::Cuda(_) => "40",
+            Self::Wgpu | Self::Cuda(_) | Self::Nccl(_) => "40",
         }
     }
 
@@ -136,6 +149,9 @@ pub(crate) fn tests(gpu: &Gpu) -> Result<()> {
 
 /// Runs the tests, then reference files and a small head-to-head under every strategy.
 pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
+    if let Gpu::Nccl(numbers) = gpu {
+        return nccl::test(&gpu.build(), numbers);
+    }
     tests(gpu)?;
     let mut build = cargo();
     timed(build.arg("build").args(gpu.build()).args(["--bin", "dsp"]))?;
@@ -159,13 +175,13 @@ pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
     timed(gpu.seen_by(&mut compare)?)
 }
 
-/// What needs CUDA compiles. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of which its build
+/// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of which its build
 /// fetches hundreds of megabytes unless it is told that only documentation is wanted.
 pub(crate) fn check() -> Result<()> {
     let mut check = cargo();
-    check.args(["check", "--workspace", "--exclude=xtask"]);
+    check.args(["clippy", "--workspace", "--exclude=xtask", "--all-targets"]);
     check.args(["--features", "nccl"]).env("DOCS_RS", "1");
-    run(&mut check)
+    run(check.args(["--", "-D", "warnings"]))
 }
 
 fn timed(command: &mut Command) -> Result<()> {
@@ -185,6 +201,8 @@ mod tests {
         assert_eq!("wgpu".parse::<Gpu>().unwrap().device(), "wgpu");
         assert_eq!("cuda".parse::<Gpu>().unwrap().device(), "cuda:0");
         assert_eq!("cuda:0,1".parse::<Gpu>().unwrap().device(), "cuda:0,1");
+        assert_eq!("nccl:0,0".parse::<Gpu>().unwrap(), Gpu::Nccl(vec![0, 0]));
+        assert!("nccl".parse::<Gpu>().is_err());
         assert!("llvmpipe".parse::<Gpu>().is_err());
         assert!("wgpu:1".parse::<Gpu>().is_err());
     }

@@ -13,6 +13,7 @@ mod ci;
 mod command;
 mod gpu;
 mod mpi;
+mod nccl;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,8 @@ enum Task {
     },
     /// What computes on a GPU, and a small head-to-head: on a GPU, or on Mesa's software device
     Gpu {
-        /// lavapipe (Mesa's software device), wgpu (the system's GPU), or cuda:0 and cuda:0,1 (NVIDIA's)
+        /// lavapipe (Mesa's software device), wgpu (the system's GPU), cuda:0 and cuda:0,1 (NVIDIA's), or nccl:0,1 (a
+        /// process on each; nccl:0,0 is two on one)
         #[arg(default_value = "lavapipe")]
         device: gpu::Gpu,
     },

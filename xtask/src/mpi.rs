@@ -5,9 +5,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
-use crate::command::{answers, cargo};
+use crate::command::{answers, cargo, test_binaries};
 
 /// The tests whose launches run on MPI where there is one: collectives, the ways of failing, gradients that are summed
 /// on the way, and every strategy against serial; and how often a property of each is tried at most, on each number
@@ -48,7 +47,8 @@ pub(crate) fn test() -> Result<()> {
         );
         return Ok(());
     }
-    for (name, tries, binary) in binaries()? {
+    for (test, binary) in binaries()? {
+        let (name, tries) = TESTS[test];
         for processes in 1..=4 {
             let start = Instant::now();
             let job = mpirun(processes)
@@ -91,35 +91,12 @@ fn mpirun(processes: usize) -> Command {
     mpirun
 }
 
-/// The test binaries, as cargo names them.
-fn binaries() -> Result<Vec<(&'static str, u32, PathBuf)>> {
+/// The test binaries, built as the tests on threads are.
+fn binaries() -> Result<Vec<(usize, PathBuf)>> {
     let mut build = cargo();
-    build.args([
-        "test",
-        "--release",
-        "--workspace",
-        "--no-run",
-        "--message-format",
-        "json",
-    ]);
+    build.args(["test", "--release", "--workspace"]);
     build
         .args(features())
         .args(["--lib", "--bins", "--tests", "--examples"]);
-    let built = crate::command::output(&mut build)?;
-    let messages = (built.split(|&byte| byte == b'\n'))
-        .filter_map(|line| serde_json::from_slice::<Value>(line).ok());
-    let mut found = Vec::new();
-    for message in messages {
-        let name = message["target"]["name"].as_str().unwrap_or_default();
-        let is_test = message["target"]["kind"][0] == "test";
-        let test = TESTS.iter().find(|(test, _)| is_test && *test == name);
-        if let (Some(&(name, tries)), Some(path)) = (test, message["executable"].as_str()) {
-            found.push((name, tries, path.into()));
-        }
-    }
-    if found.len() < TESTS.len() {
-        bail!("cargo built {found:?}, where {TESTS:?} were expected");
-    }
-    found.sort_by_key(|(name, ..)| TESTS.iter().position(|(test, _)| test == name));
-    Ok(found)
+    test_binaries(&mut build, &TESTS.map(|(name, _)| name))
 }

@@ -1,15 +1,16 @@
 //! Where a test's ranks compute, and how often a property is tried there.
 //!
 //! The tests are the same on every device: they run on the one of the backend that is compiled in (a GPU, or
-//! Mesa's software device). f64 is what results are held to, and stays on the processor: few GPUs have it, and fewer
-//! have its exponential.
+//! Mesa's software device). f64 is what results are held to, and stays on the processor where the GPU is not NVIDIA's: few
+//! others have it, and fewer have its exponential. Their 16-bit numbers differ too.
 
 use burn::tensor::{DType, Device};
 use proptest::test_runner::Config;
 
-/// Where ranks compute in an element type: on the GPU in f32, if a backend for one is compiled in.
+/// Where ranks compute in an element type: on the GPU, if a backend for one is compiled in that has the type.
 pub(crate) fn device(dtype: DType) -> Device {
     match dtype {
+        _ if cfg!(feature = "cuda") => Device::default(),
         DType::F32 => Device::default(),
         _ => Device::flex(),
     }

@@ -318,6 +318,10 @@ impl Model {
 /// where blocks are uneven: no strategy may trip over that. On Flex it reads out of bounds where a block is
 /// empty; such a block goes through one plain product instead.
 fn linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    if cfg!(feature = "cuda") {
+        // Burn's product of f32 has TF32's precision there.
+        return dsp_core::linear::affine(x, weight, bias);
+    }
     let mut dims = x.dims();
     let [input, output] = weight.dims();
     let rows: usize = dims[..D - 1].iter().product();
