@@ -331,3 +331,28 @@ fn passes_in_bfloat16_learn_as_those_in_f32_do() {
         assert_near(&half, &single, 0.03, &format!("{kind:?}"));
     }
 }
+
+#[test]
+fn a_run_that_watches_names_the_rank_and_the_layer_of_the_first_number_that_is_none() {
+    let blown = |watch| {
+        let changes = [
+            "strategy=ulysses",
+            "mesh.sp=2",
+            "training.warmup=0",
+            "training.learning_rate=1e30",
+            watch,
+        ];
+        let error = curve_of(&small(ModelKind::Lm, &changes)).unwrap_err();
+        format!("{:#}", anyhow::Error::from(error))
+    };
+    let unwatched = blown("watch=nothing");
+    assert!(
+        unwatched.contains("the loss of step 2 is NaN"),
+        "{unwatched}"
+    );
+    let watched = blown("watch=finite");
+    assert!(
+        watched.contains("blocks.0") && watched.contains("rank"),
+        "{watched}"
+    );
+}

@@ -10,6 +10,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
+use serde::{Deserialize, Serialize};
 
 use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
@@ -100,7 +101,8 @@ pub struct Session {
 }
 
 /// What a session looks at, beside the layouts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Watch {
     /// Nothing.
     #[default]

@@ -52,6 +52,10 @@ pub(crate) struct TrainArgs {
     /// Steps in all.
     #[arg(long)]
     steps: Option<u64>,
+    /// What ranks look for in all that passes them: finite names the first rank and layer that have a NaN or an infinity,
+    /// and reads all activations once more each way for it; nothing, if not said.
+    #[arg(long, value_name = "WHAT")]
+    watch: Option<String>,
     /// Of all that is random.
     #[arg(long)]
     seed: Option<u64>,
@@ -134,6 +138,7 @@ fn changes(args: &TrainArgs) -> Vec<Change> {
     let mesh = args.mesh.or(args.ranks.map(|sp| Mesh { sp, dp: 1 }));
     let mut changes = Vec::new();
     changes.extend((args.strategy.clone()).map(|name| change("strategy", name.into())));
+    changes.extend((args.watch.clone()).map(|what| change("watch", what.into())));
     changes.extend(device.map(|device| change("device", device.into())));
     changes.extend(mesh.into_iter().flat_map(|mesh| {
         [("mesh.sp", mesh.sp), ("mesh.dp", mesh.dp)]

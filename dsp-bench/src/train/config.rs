@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use dsp_core::session::Watch;
 use dsp_models::training::{Mesh, Subject, TrainingConfig, TrainingConfigError, digest};
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +37,10 @@ pub struct RunConfig {
     /// Where the ranks compute. A run may go on elsewhere.
     #[serde(default)]
     pub device: DeviceChoice,
+    /// What ranks look for in all that passes them, beside the loss: `finite` names the first rank and layer that have a
+    /// NaN or an infinity.
+    #[serde(default)]
+    pub watch: Watch,
     /// Steps between two evaluations of the held-out samples; there is one at the end in any case.
     pub evaluate_every: u64,
     /// Steps between two checkpoints; there is one at the end in any case.

@@ -99,7 +99,8 @@ pub enum TrainError {
     },
     /// The loss is no number any more.
     #[error(
-        "the loss of step {step} is {loss}: the last checkpoint is of before; try a smaller learning rate"
+        "the loss of step {step} is {loss}: the last checkpoint is of before; try a smaller learning rate, or --watch finite \
+         from there, which names the layer"
     )]
     Diverged {
         /// The step.
@@ -463,7 +464,8 @@ impl<T: Task> Shared<T> {
                 group,
                 task.shape(largest_part(config)),
             )?
-            .with_replicas(replicas),
+            .with_replicas(replicas)
+            .watching(config.watch),
             others: RefCell::default(),
         };
         let session = &sessions.first;
