@@ -97,16 +97,18 @@ pub enum TrainError {
         /// The run's.
         steps: u64,
     },
-    /// The loss is no number any more.
+    /// The loss or its gradient is no number any more.
     #[error(
-        "the loss of step {step} is {loss}: the last checkpoint is of before; try a smaller learning rate, or --watch finite \
-         from there, which names the layer"
+        "step {step} has the loss {loss} and a gradient of norm {gradient_norm}: the last checkpoint is of before; try a \
+         smaller learning rate, or --watch finite from there, which names the layer"
     )]
     Diverged {
         /// The step.
         step: u64,
         /// The loss.
         loss: f64,
+        /// Its gradient's norm.
+        gradient_norm: f64,
     },
     /// A file of the run.
     #[error("{}: {what}: {source}", path.display())]
@@ -501,6 +503,7 @@ impl<T: Task> Shared<T> {
                 return Err(TrainError::Diverged {
                     step: report.step,
                     loss: report.loss,
+                    gradient_norm: report.gradient_norm,
                 });
             }
             let is_last = report.step == training.steps;
