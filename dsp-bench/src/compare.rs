@@ -468,16 +468,19 @@ fn timing(ranks: &[RankRuns]) -> Timing {
             .map(|rank| {
                 let (elapsed, reading) = &rank.runs[repeat];
                 let (mut waiting_seconds, mut communication_seconds) = (0.0, 0.0);
+                let mut hidden_seconds = 0.0;
                 for (phase, _, entry) in reading.iter() {
                     if phase != Phase::Outside {
                         waiting_seconds += entry.waited.as_secs_f64();
                         communication_seconds += entry.moved.as_secs_f64();
+                        hidden_seconds += entry.hidden.as_secs_f64();
                     }
                 }
                 RankSeconds {
                     compute_seconds: elapsed - waiting_seconds - communication_seconds,
                     communication_seconds,
                     waiting_seconds,
+                    hidden_seconds,
                 }
             })
             .collect();

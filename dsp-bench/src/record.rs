@@ -142,12 +142,14 @@ pub struct Timing {
 /// How a rank spent a repeat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RankSeconds {
-    /// All that is neither of the other two.
+    /// All that is neither of the next two.
     pub compute_seconds: f64,
-    /// Moving data.
+    /// Moving data while the rank waited for them.
     pub communication_seconds: f64,
     /// Waiting for peers that were not there yet.
     pub waiting_seconds: f64,
+    /// Moving data while the rank computed: all communication is this and the exposed one above.
+    pub hidden_seconds: f64,
 }
 
 /// What the ranks of a case sent, in one repeat.
@@ -498,6 +500,7 @@ impl Timing {
             compute_seconds: mean(|rank| rank.compute_seconds),
             communication_seconds: mean(|rank| rank.communication_seconds),
             waiting_seconds: mean(|rank| rank.waiting_seconds),
+            hidden_seconds: mean(|rank| rank.hidden_seconds),
         }
     }
 }
@@ -647,6 +650,7 @@ pub(crate) mod sample {
                 compute_seconds: seconds - waiting_seconds - communication_seconds,
                 communication_seconds,
                 waiting_seconds,
+                hidden_seconds: communication_seconds / 2.0,
             }
         };
         let spent: Vec<RankSeconds> = (0..ranks).map(rank).collect();

@@ -133,7 +133,7 @@ pub fn ledgers(comparison: &Comparison) -> String {
 
 fn cost_table(comparison: &Comparison) -> Table {
     let unit = Unit::of(comparison);
-    let mut table = empty([
+    let mut headers = vec![
         "strategy".to_owned(),
         "ranks".to_owned(),
         format!("time,\n{}", unit.name()),
@@ -145,8 +145,14 @@ fn cost_table(comparison: &Comparison) -> Table {
         "equals\nformula".to_owned(),
         "peak\nmemory".to_owned(),
         "collectives".to_owned(),
-    ]);
-    align_right(&mut table, &[1, 2, 3, 4, 5, 6, 7, 9]);
+    ];
+    let hides = hides(comparison);
+    if hides {
+        headers.insert(HIDDEN, "hidden\ncomm.".to_owned());
+    }
+    let last = headers.len() - 1;
+    let mut table = empty(headers);
+    align_right(&mut table, &[1, 2, 3, 4, 5, 6, HIDDEN, last - 3, last - 1]);
     for row in &comparison.rows {
         let mut cells = named(row);
         match &row.outcome {
@@ -155,9 +161,28 @@ fn cost_table(comparison: &Comparison) -> Table {
             Outcome::Refused { .. } => cells.extend(no_cost("refused")),
             Outcome::Error { .. } => cells.extend(no_cost("FAILED")),
         }
+        if hides {
+            cells.insert(HIDDEN, hidden(row, unit));
+        }
         table.add_row(cells);
     }
     table
+}
+
+/// Where the column of hidden communication stands.
+const HIDDEN: usize = 7;
+
+/// Whether anything was moved while a rank computed: only engines with threads of their own do that.
+fn hides(comparison: &Comparison) -> bool {
+    let mut timed = comparison.timed();
+    timed.any(|(_, measured)| measured.time.mean().hidden_seconds > 0.0)
+}
+
+fn hidden(row: &Row, unit: Unit) -> Cell {
+    match &row.outcome {
+        Outcome::Timed(measured) => Cell::new(unit.show(measured.time.mean().hidden_seconds)),
+        _ => Cell::new("–"),
+    }
 }
 
 fn cost(row: &Row, measured: &Measured, unit: Unit) -> Vec<Cell> {
@@ -233,6 +258,11 @@ fn footnotes(comparison: &Comparison) -> Vec<String> {
          report. Memory: all ranks together, as Rust code allocates it."
             .to_owned(),
     ];
+    if hides(comparison) {
+        let note = "Hidden communication: data on their way while the rank computed. What is under comm. is the rest of it, \
+                    exposed.";
+        notes.push(note.to_owned());
+    }
     if comparison.rows.iter().any(|row| row.oversubscribed) {
         let cores = comparison.machine.cores;
         notes.push(format!(

@@ -223,6 +223,7 @@ impl InFlight {
             Entry {
                 waited: arrival.waited,
                 moved: arrival.moved,
+                hidden: arrival.hidden,
                 ..self.entry
             },
         );

@@ -73,6 +73,8 @@ pub struct Entry {
     pub waited: Duration,
     /// Time spent moving what arrived.
     pub moved: Duration,
+    /// Time for which the engine moved it meanwhile, before the rank came to wait: what overlapped with its other work.
+    pub hidden: Duration,
 }
 
 impl std::ops::AddAssign for Entry {
@@ -83,6 +85,7 @@ impl std::ops::AddAssign for Entry {
         self.bytes += other.bytes;
         self.waited += other.waited;
         self.moved += other.moved;
+        self.hidden += other.hidden;
     }
 }
 

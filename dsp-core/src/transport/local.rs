@@ -315,6 +315,8 @@ impl Pending for LocalPending {
             tensor,
             waited,
             moved: start.elapsed() - waited,
+            // Who copies is the rank that waits.
+            hidden: Duration::ZERO,
         })
     }
 }

@@ -91,8 +91,33 @@ pub struct Arrival {
     pub tensor: Tensor<DIMS>,
     /// How long the other ranks were waited for.
     pub waited: Duration,
-    /// How long moving the data took.
+    /// How long moving the data took, once the rank waited for it.
     pub moved: Duration,
+    /// How long the engine moved it before that, while the rank did something else.
+    pub hidden: Duration,
+}
+
+/// When what happened to an exchange that an engine makes on a thread of its own.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    /// When all that send had entered.
+    entered: Instant,
+    /// When all had arrived.
+    arrived: Instant,
+}
+
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+impl Times {
+    /// How long a rank that came at `start` waited for the others.
+    fn waited(&self, start: Instant) -> Duration {
+        self.entered.saturating_duration_since(start)
+    }
+
+    /// How long data were moved before it came.
+    fn hidden(&self, start: Instant) -> Duration {
+        (self.arrived.min(start)).saturating_duration_since(self.entered)
+    }
 }
 
 /// An exchange under way.

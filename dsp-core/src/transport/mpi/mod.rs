@@ -32,7 +32,7 @@ use ferrompi::ThreadLevel;
 
 use self::lent::Outgoing;
 use self::parcel::{Parcels, Unpacking};
-use self::progress::{Command, Entry, Key, Progress, Times};
+use self::progress::{Command, Entry, Key, Progress};
 use super::position::{GroupId, Position};
 use super::{Arrival, Exchange, Pending, Transport, digest};
 use crate::error::{Call, CommError};
@@ -391,7 +391,7 @@ impl Pending for MpiPending {
 
     fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
         let start = Instant::now();
-        let Times { entered, .. } = {
+        let times = {
             let _span = tracing::info_span!("waiting", call = %self.call).entered();
             let (answer, answers) = mpsc::channel();
             self.job.process.command(Command::Wait {
@@ -402,13 +402,14 @@ impl Pending for MpiPending {
             });
             self.job.process.answer(&answers)?
         };
-        let _span = tracing::info_span!("communication", call = %self.call).entered();
+        let (waited, hidden) = (times.waited(start), times.hidden(start));
+        let _span = tracing::info_span!("communication", call = %self.call, ?hidden).entered();
         let tensor = self.unpacking.unpack();
-        let waited = entered.saturating_duration_since(start);
         Ok(Arrival {
             tensor,
             waited,
             moved: start.elapsed().saturating_sub(waited),
+            hidden,
         })
     }
 }

@@ -27,6 +27,7 @@ use ferrompi::{Communicator, Scope, Source, Tag};
 use super::lent::{Flight, Incoming, Outgoing};
 use super::wire::{Announcement, CONTROL, DATA_TAGS, Envelope, Message};
 use crate::error::{Call, CommError};
+use crate::transport::Times;
 use crate::transport::waits::{self, Wait};
 
 /// How long a rank waits for each lower one to settle the fate of a launch.
@@ -104,13 +105,6 @@ pub(super) struct Entry {
     pub(super) arrived: Arc<AtomicBool>,
 }
 
-/// When what happened to an exchange that has arrived.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Times {
-    /// When all that send here had entered.
-    pub(super) entered: Instant,
-}
-
 /// A launch, as this process sees it.
 struct LaunchState {
     ranks: usize,
@@ -154,6 +148,8 @@ struct Own {
     missing: Vec<usize>,
     receiving: usize,
     entered: Option<Instant>,
+    /// When all had arrived.
+    done: Option<Instant>,
     arrived: Arc<AtomicBool>,
     waiter: Option<(Sender<Result<Times, CommError>>, Instant, Instant)>,
     taken: bool,
@@ -433,6 +429,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             missing,
             receiving: 0,
             entered: None,
+            done: None,
             arrived,
             waiter: None,
             taken: false,
@@ -547,9 +544,10 @@ impl<'s, 'env> Progress<'s, 'env> {
         if own.missing.is_empty() {
             let entered = *own.entered.get_or_insert_with(Instant::now);
             if own.receiving == 0 {
+                let arrived = *own.done.get_or_insert_with(Instant::now);
                 own.arrived.store(true, Ordering::Relaxed);
                 if let Some((answer, ..)) = own.waiter.take() {
-                    let _ = answer.send(Ok(Times { entered }));
+                    let _ = answer.send(Ok(Times { entered, arrived }));
                     own.taken = true;
                 }
             }

@@ -24,6 +24,7 @@ use super::hub::NOTICE;
 use super::mover::{Mover, Patience};
 use super::wire::{self, Announcement, Key, Said, Told};
 use crate::error::{Call, CommError};
+use crate::transport::Times;
 
 /// How much longer than its own deadline a rank waits for the cause, which the hub may have to find.
 const GRACE: Duration = Duration::from_secs(10);
@@ -36,13 +37,6 @@ const GLANCE: Duration = Duration::from_secs(1);
 
 /// The exit code of a process that had to be ended.
 const ABORTED: i32 = 70;
-
-/// When what happened to an exchange that has arrived.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Times {
-    /// When all members had entered.
-    pub(super) entered: Instant,
-}
 
 /// Where the outcome of an exchange arrives.
 pub(super) type Answer = Receiver<Result<Times, CommError>>;
@@ -528,7 +522,8 @@ impl<M: Mover> Worker<M> {
                 let Entry { boxes, reply, .. } = entry;
                 drop(boxes);
                 // Whoever does not wait for it has no use for it.
-                let _ = reply.send(Ok(Times { entered }));
+                let arrived = Instant::now();
+                let _ = reply.send(Ok(Times { entered, arrived }));
             }
             Err(error) => {
                 // Before the boxes are given back: they may be in use until then.

@@ -212,7 +212,9 @@ impl Pending for NcclPending {
             let _span = tracing::info_span!("waiting", call = %self.exchange.call).entered();
             self.job.wait(&self.answer, &self.exchange, deadline)?
         };
-        let _span = tracing::info_span!("communication", call = %self.exchange.call).entered();
+        let (waited, hidden) = (times.waited(start), times.hidden(start));
+        let call = &self.exchange.call;
+        let _span = tracing::info_span!("communication", call = %call, ?hidden).entered();
         let (tensor, transfers) = self.own;
         let (device, dtype) = (tensor.device(), tensor.dtype());
         let mut sources: Vec<(usize, Source)> = (self.arrivals.into_iter())
@@ -238,11 +240,11 @@ impl Pending for NcclPending {
             true => Tensor::zeros(self.shape, (&device, dtype)),
             false => assemble(self.shape, &sources, &device, &Crossing::default()),
         };
-        let waited = times.entered.saturating_duration_since(start);
         Ok(Arrival {
             tensor,
             waited,
             moved: start.elapsed().saturating_sub(waited),
+            hidden,
         })
     }
 }
