@@ -650,7 +650,7 @@ pub(crate) mod sample {
                 compute_seconds: seconds - waiting_seconds - communication_seconds,
                 communication_seconds,
                 waiting_seconds,
-                hidden_seconds: communication_seconds / 2.0,
+                hidden_seconds: 0.0,
             }
         };
         let spent: Vec<RankSeconds> = (0..ranks).map(rank).collect();

@@ -444,6 +444,20 @@ mod tests {
     }
 
     #[test]
+    fn hidden_communication_has_a_column_where_there_is_some() {
+        let mut comparison = sample::comparison(4);
+        assert!(!render(&comparison).contains("hidden"));
+        let Outcome::Timed(measured) = &mut comparison.rows[3].outcome else {
+            panic!("timed");
+        };
+        for rank in &mut measured.time.per_rank {
+            rank.hidden_seconds = 0.77;
+        }
+        let text = render(&comparison);
+        assert!(text.contains("hidden") && text.contains(" 0.77 "), "{text}");
+    }
+
+    #[test]
     fn a_count_that_differs_from_its_formula_is_told_to_the_byte() {
         let mut comparison = sample::comparison(4);
         let Outcome::Timed(measured) = &mut comparison.rows[3].outcome else {
