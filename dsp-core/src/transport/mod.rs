@@ -98,7 +98,11 @@ pub struct Arrival {
 }
 
 /// When what happened to an exchange that an engine makes on a thread of its own.
-#[cfg(any(feature = "mpi", feature = "nccl"))]
+#[cfg(any(feature = "mpi", feature = "nccl-engine"))]
+#[cfg_attr(
+    not(any(feature = "mpi", feature = "nccl")),
+    allow(dead_code, reason = "without tensors on CUDA, nobody waits for boxes")
+)]
 #[derive(Debug, Clone, Copy)]
 struct Times {
     /// When all that send had entered.
