@@ -145,10 +145,9 @@ fn linear_layers() -> Vec<Kernel<'static>> {
         [512, 1376],
         [1376, 512],
     ] {
-        let device = Device::flex().autodiff();
-        let x = drawn([1, ROWS, inputs]).to_device(&device);
-        let weight = drawn([inputs, outputs]).to_device(&device);
-        let bias = drawn([outputs]).to_device(&device);
+        let x = drawn([1, ROWS, inputs]).autodiff();
+        let weight = drawn([inputs, outputs]).autodiff();
+        let bias = drawn([outputs]).autodiff();
         let name = format!("linear layer {ROWS}×{inputs} → {outputs}");
         let operations = 2 * ROWS * inputs * outputs;
         let again = [x.clone()];
