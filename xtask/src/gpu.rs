@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow};
 
-use crate::command::{cargo, run, target_directory};
+use crate::command::{SEED, cargo, run, target_directory};
 use crate::nccl;
 
 /// Where the loader of Vulkan finds lavapipe, by Debian's and Mesa's names.
@@ -27,9 +27,6 @@ const TESTS: [(&[&str], &[&str]); 3] = [
     (&["--test", "collectives"], &[]),
     (&["--test", "equivalence"], &["f32", "same_bits"]),
 ];
-
-/// All runs draw the same cases.
-const SEED: &str = "7";
 
 /// The reference files that `dsp verify` is run on: other people's attention, video, language and vision models.
 const FILES: [&str; 5] = [
@@ -175,8 +172,8 @@ pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
     timed(gpu.seen_by(&mut compare)?)
 }
 
-/// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of which its build
-/// fetches hundreds of megabytes unless it is told that only documentation is wanted.
+/// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of
+/// which its build fetches hundreds of megabytes unless it is told that only documentation is wanted.
 pub(crate) fn check() -> Result<()> {
     let mut check = cargo();
     check.args(["clippy", "--workspace", "--exclude=xtask", "--all-targets"]);

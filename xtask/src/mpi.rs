@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{answers, cargo, test_binaries};
+use crate::command::{SEED, answers, cargo, test_binaries};
 
 /// The tests whose launches run on MPI where there is one: collectives, the ways of failing, gradients that are summed
 /// on the way, and every strategy against serial; and how often a property of each is tried at most, on each number
@@ -17,9 +17,6 @@ const TESTS: [(&str, u32); 4] = [
     ("overlap", 60),
     ("equivalence", 12),
 ];
-
-/// All processes draw the same cases.
-const SEED: &str = "7";
 
 /// A job that takes longer hangs.
 const LIMIT_SECONDS: &str = "600";

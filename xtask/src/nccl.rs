@@ -10,13 +10,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::{cargo, test_binaries};
+use crate::command::{SEED, cargo, test_binaries};
 
 /// The tests whose launches run on NCCL where there is one, with how often a property of each is tried at most.
 const TESTS: [(&str, u32); 3] = [("collectives", 10), ("overlap", 10), ("equivalence", 4)];
-
-/// All processes draw the same cases.
-const SEED: &str = "7";
 
 /// Runs the tests, with as many ranks as there are GPUs in `gpus`, by their numbers; builds what is missing.
 pub(crate) fn test(build: &[&str], gpus: &[usize]) -> Result<()> {

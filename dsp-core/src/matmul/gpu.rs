@@ -29,7 +29,10 @@ pub(super) fn matmul<const D: usize>(left: &Tensor<D>, right: &Tensor<D>) -> Opt
     if right.dtype() != dtype || !same_batch || empty {
         return None;
     }
-    let strategy = strategy(dtype)?;
+    let strategies = strategies(dtype);
+    if strategies.is_empty() {
+        return None;
+    }
     let left = left.clone().try_into_primitive::<Cube>().ok()?;
     let right = right.clone().try_into_primitive::<Cube>().ok()?;
     let CubeTensor { client, device, .. } = left.clone();
@@ -41,32 +44,34 @@ pub(super) fn matmul<const D: usize>(left: &Tensor<D>, right: &Tensor<D>) -> Opt
     shape[D - 1] = right_shape[D - 1];
     let out = empty_device_contiguous_dtype(client.clone(), device, Shape::from(shape), dtype);
     let element = dtype_to_storage_type(dtype);
-    let mut elements = MatmulElems::from_globals(&MatmulGlobalElems {
-        lhs: element,
-        rhs: element,
-        out: element,
+    let launched = strategies.into_iter().any(|strategy| {
+        let mut elements = MatmulElems::from_globals(&MatmulGlobalElems {
+            lhs: element,
+            rhs: element,
+            out: element,
+        });
+        launch_ref(
+            &strategy.into(),
+            &client,
+            InputBinding::new(left.clone().binding(), element),
+            InputBinding::new(right.clone().binding(), element),
+            out.clone().binding(),
+            &mut elements,
+        )
+        .is_ok()
     });
-    let launched = launch_ref(
-        &strategy.into(),
-        &client,
-        InputBinding::new(left.binding(), element),
-        InputBinding::new(right.binding(), element),
-        out.clone().binding(),
-        &mut elements,
-    );
-    launched.ok()?;
-    Some(Tensor::from_primitive::<Cube>(out))
+    launched.then(|| Tensor::from_primitive::<Cube>(out))
 }
 
-/// The kernel for a type; none where Burn's choice is kept.
-fn strategy(dtype: DType) -> Option<Strategy> {
+/// The kernels for a type, of which the first that takes the shapes is launched; none where Burn's choice is kept.
+fn strategies(dtype: DType) -> Vec<Strategy> {
     match dtype {
-        // On the units' own arithmetic.
+        // On the units' own arithmetic. The last takes any shapes, so that none is left to TF32.
         DType::F32 => {
             let tile_size = TileSizeSelection::MinTileSize;
             let arguments = SimpleUnitSelectionArgs { tile_size };
             let inferred = BlueprintStrategy::Inferred(arguments);
-            Some(Strategy::SimpleUnit(inferred))
+            vec![Strategy::SimpleUnit(inferred), Strategy::Naive]
         }
         // On matrix units, the next tiles loaded while these are multiplied.
         DType::F16 | DType::BF16 => {
@@ -77,8 +82,8 @@ fn strategy(dtype: DType) -> Option<Strategy> {
                 tile_matmul: TileMatmulKind::Mma,
             };
             let inferred = BlueprintStrategy::Inferred(arguments);
-            Some(Strategy::OrderedDoubleMma(inferred))
+            vec![Strategy::OrderedDoubleMma(inferred)]
         }
-        _ => None,
+        _ => vec![],
     }
 }

@@ -35,6 +35,28 @@ const LONGEST: usize = i32::MAX as usize;
 /// Cubes along the first dim of a launch, within every device's limit.
 const CUBES: usize = 1 << 15;
 
+/// Starts a kernel of that name, of the kernels by which the launch goes: those on matrix units also take the elements of
+/// a vector. Their functions are made by a macro and have no type in common.
+macro_rules! start {
+    ($kernel:ident by $launch:ident in $cubes:ident of $rows:expr, $($argument:expr),* $(,)?) => {
+        match $launch.by {
+            By::Units => kernels::$kernel::launch_unchecked(
+                &$launch.client,
+                $cubes,
+                $launch.cube($rows),
+                $($argument),*
+            ),
+            By::Matrices => matrix::$kernel::launch_unchecked(
+                &$launch.client,
+                $cubes,
+                $launch.cube($rows),
+                matrix::VECTOR,
+                $($argument),*
+            ),
+        }
+    };
+}
+
 /// [`super::forward`] as a kernel, or nothing where that must take the portable way.
 ///
 /// The logsumexp of 16-bit inputs is in f32.
@@ -55,41 +77,20 @@ pub(super) fn forward(
     // SAFETY: the buffers have the lengths that `launch.sizes` says, and every index of the kernels is guarded
     // by those; the shared memory was held to the device's limit. Rows are whole vectors where they are read so.
     unsafe {
-        match launch.by {
-            By::Units => kernels::attend::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.queries),
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                launch.rules(),
-                out.clone().into_buffer_arg(),
-                lse.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                f32::NEG_INFINITY,
-                launch.tile,
-                element_of(element),
-            ),
-            By::Matrices => matrix::attend::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.queries),
-                matrix::VECTOR,
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                launch.rules(),
-                out.clone().into_buffer_arg(),
-                lse.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                f32::NEG_INFINITY,
-                launch.tile,
-                element_of(element),
-            ),
-        }
+        start!(
+            attend by launch in cubes of launch.tile.queries,
+            q.into_buffer_arg(),
+            k.into_buffer_arg(),
+            v.into_buffer_arg(),
+            launch.rules(),
+            out.clone().into_buffer_arg(),
+            lse.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            f32::NEG_INFINITY,
+            launch.tile,
+            element_of(element),
+        );
     }
     Some((tensor(out), tensor(lse)))
 }
@@ -121,43 +122,21 @@ pub(super) fn backward(
     let cubes = grid(queries.div_ceil(launch.tile.queries) * heads * batch);
     // SAFETY: as in `forward`.
     unsafe {
-        match launch.by {
-            By::Units => kernels::query_gradient::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.queries),
-                q.clone().into_buffer_arg(),
-                k.clone().into_buffer_arg(),
-                v.clone().into_buffer_arg(),
-                dout.clone().into_buffer_arg(),
-                lse.clone().into_buffer_arg(),
-                delta.clone().into_buffer_arg(),
-                launch.rules(),
-                dq.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                launch.tile,
-                element_of(element),
-            ),
-            By::Matrices => matrix::query_gradient::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.queries),
-                matrix::VECTOR,
-                q.clone().into_buffer_arg(),
-                k.clone().into_buffer_arg(),
-                v.clone().into_buffer_arg(),
-                dout.clone().into_buffer_arg(),
-                lse.clone().into_buffer_arg(),
-                delta.clone().into_buffer_arg(),
-                launch.rules(),
-                dq.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                launch.tile,
-                element_of(element),
-            ),
-        }
+        start!(
+            query_gradient by launch in cubes of launch.tile.queries,
+            q.clone().into_buffer_arg(),
+            k.clone().into_buffer_arg(),
+            v.clone().into_buffer_arg(),
+            dout.clone().into_buffer_arg(),
+            lse.clone().into_buffer_arg(),
+            delta.clone().into_buffer_arg(),
+            launch.rules(),
+            dq.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            launch.tile,
+            element_of(element),
+        );
     }
     let launch = keys_launch;
     let [batch, keys, kv_heads, _] = k_shape;
@@ -166,45 +145,22 @@ pub(super) fn backward(
     let cubes = grid(keys.div_ceil(launch.tile.keys) * kv_heads * batch);
     // SAFETY: as in `forward`.
     unsafe {
-        match launch.by {
-            By::Units => kernels::key_value_gradients::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.keys),
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                dout.into_buffer_arg(),
-                lse.into_buffer_arg(),
-                delta.into_buffer_arg(),
-                launch.rules(),
-                dk.clone().into_buffer_arg(),
-                dv.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                launch.tile,
-                element_of(element),
-            ),
-            By::Matrices => matrix::key_value_gradients::launch_unchecked(
-                &launch.client,
-                cubes,
-                launch.cube(launch.tile.keys),
-                matrix::VECTOR,
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                dout.into_buffer_arg(),
-                lse.into_buffer_arg(),
-                delta.into_buffer_arg(),
-                launch.rules(),
-                dk.clone().into_buffer_arg(),
-                dv.clone().into_buffer_arg(),
-                launch.sizes(),
-                problem.scale as f32,
-                launch.tile,
-                element_of(element),
-            ),
-        }
+        start!(
+            key_value_gradients by launch in cubes of launch.tile.keys,
+            q.into_buffer_arg(),
+            k.into_buffer_arg(),
+            v.into_buffer_arg(),
+            dout.into_buffer_arg(),
+            lse.into_buffer_arg(),
+            delta.into_buffer_arg(),
+            launch.rules(),
+            dk.clone().into_buffer_arg(),
+            dv.clone().into_buffer_arg(),
+            launch.sizes(),
+            problem.scale as f32,
+            launch.tile,
+            element_of(element),
+        );
     }
     Some([dq, dk, dv].map(tensor))
 }
