@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::{
-    Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, launch, linear_cases,
-    noise, run, tries, values, whole,
+    Case, Checkpointing, HEAD, Sub, attend, cases, check, check_replicas, is_well_conditioned,
+    launch, linear_cases, noise, run, tries, values, whole,
 };
 use dsp_core::attention::{Documents, Dropout, DropoutKey, Logsumexp, Within};
 use dsp_core::session::Attend;
@@ -24,7 +24,7 @@ use proptest::prelude::*;
 
 /// What is left are f64's roundings, of sums in another order: about 1e-14 a layer.
 const F64: f64 = 1e-10;
-/// The same in f32, about 1e-7 each, where the values stay within a few units.
+/// The same in f32, about 1e-7 each, of cases that f32 can hold.
 const F32: f64 = 1e-5;
 
 /// Which refusal is right, if any. Those that are not named here refuse nothing.
@@ -129,6 +129,7 @@ proptest! {
         case in (1usize..=3).prop_flat_map(cases),
         ranks in 1usize..=5,
     ) {
+        prop_assume!(is_well_conditioned(&case));
         check_all(&case, ranks, DType::F32, F32)?;
     }
 }
@@ -225,6 +226,7 @@ proptest! {
         case in (1usize..=3).prop_flat_map(linear_cases),
         ranks in 1usize..=5,
     ) {
+        prop_assume!(is_well_conditioned(&case));
         for strategy in dsp_strategies::all() {
             check_forms(&strategy, &case, ranks, DType::F32, F32)?;
         }

@@ -223,11 +223,30 @@ pub(crate) fn noise(seed: u64, index: usize) -> f64 {
     f64::from(((z >> 11) as f64 / (1u64 << 52) as f64 - 1.0) as f32)
 }
 
-fn random<const D: usize>(shape: [usize; D], seed: u64, dtype: DType) -> Tensor<D> {
-    let values: Vec<f64> = (0..shape.iter().product())
-        .map(|index| noise(seed, index))
-        .collect();
-    Tensor::from_data(TensorData::new(values, shape), (&Device::flex(), dtype))
+/// What a model and its input are made of.
+#[derive(Debug, Clone, Copy)]
+struct Numbers {
+    dtype: DType,
+    /// Moves every number by up to half of f32's last place, one way for each seed.
+    nudge: Option<u64>,
+}
+
+impl From<DType> for Numbers {
+    fn from(dtype: DType) -> Self {
+        Self { dtype, nudge: None }
+    }
+}
+
+impl Numbers {
+    fn tensor<const D: usize>(self, shape: [usize; D], seed: u64) -> Tensor<D> {
+        let number = |index| {
+            let nudge = |by: u64| noise(1000 * by + seed, index) * f64::from(f32::EPSILON) / 2.0;
+            noise(seed, index) * (1.0 + self.nudge.map_or(0.0, nudge))
+        };
+        let values: Vec<f64> = (0..shape.iter().product()).map(number).collect();
+        let data = TensorData::new(values, shape);
+        Tensor::from_data(data, (&Device::flex(), self.dtype))
+    }
 }
 
 pub(crate) fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
@@ -235,7 +254,7 @@ pub(crate) fn values<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
 }
 
 impl Model {
-    fn new(case: &Case, dtype: DType) -> Self {
+    fn new(case: &Case, numbers: Numbers) -> Self {
         let mut seed = 0;
         let mut next = || {
             seed += 1;
@@ -248,10 +267,10 @@ impl Model {
                 Sub::Attention(..) | Sub::Linear(_) | Sub::Text => vec![query, key, key],
             };
             let mut matrix =
-                |rows, columns| Param::from_tensor(random([rows, columns], next(), dtype));
+                |rows, columns| Param::from_tensor(numbers.tensor([rows, columns], next()));
             let inputs: Vec<_> = widths.iter().map(|&width| matrix(HIDDEN, width)).collect();
             let output = matrix(widths[0], HIDDEN);
-            let mut vector = |width| Param::from_tensor(random([width], next(), dtype));
+            let mut vector = |width| Param::from_tensor(numbers.tensor([width], next()));
             Layer {
                 gamma: vector(HIDDEN),
                 inputs,
@@ -261,7 +280,7 @@ impl Model {
             }
         });
         let layers = layers.collect();
-        let table = Param::from_tensor(random([case.lengths[0], HIDDEN], next(), dtype));
+        let table = Param::from_tensor(numbers.tensor([case.lengths[0], HIDDEN], next()));
         Self { table, layers }
     }
 
@@ -430,8 +449,18 @@ pub(crate) fn run_replicas(
     (ranks, replicas): (usize, usize),
     dtype: DType,
 ) -> Result<Vec<Seen>, PlanError> {
+    run_of(strategy, case, (ranks, replicas), dtype.into())
+}
+
+fn run_of(
+    strategy: &Arc<dyn SequenceParallel>,
+    case: &Case,
+    (ranks, replicas): (usize, usize),
+    numbers: Numbers,
+) -> Result<Vec<Seen>, PlanError> {
     strategy.plan(&case.shape(), ranks)?;
-    let model = Arc::new(Model::new(case, dtype));
+    let dtype = numbers.dtype;
+    let model = Arc::new(Model::new(case, numbers));
     let (strategy, whole_case) = (strategy.clone(), case.clone());
     let samples = Partition::balanced(case.batch, replicas);
     let seen = Launch::new(ranks * replicas)
@@ -467,8 +496,8 @@ pub(crate) fn run_replicas(
             fn leaf<const D: usize>(value: &Tensor<D>, device: &Device) -> Tensor<D> {
                 Tensor::from_data(value.to_data(), (device, value.dtype())).require_grad()
             }
-            let x = leaf(&random(whole, 101, dtype), &device);
-            let text = leaf(&random([batch, TEXT, HIDDEN], 102, dtype), &device);
+            let x = leaf(&numbers.tensor(whole, 101), &device);
+            let text = leaf(&numbers.tensor([batch, TEXT, HIDDEN], 102), &device);
             let own_text = text.clone().narrow(0, samples.start, samples.len());
             let own_x = x.clone().narrow(0, samples.start, samples.len());
             let output = placed.module.forward(
@@ -477,7 +506,7 @@ pub(crate) fn run_replicas(
                 session.split(own_x)?,
                 (&own_text, Case::text_lengths(samples.clone())),
             )?;
-            let weight = Tensor::from_data(random(whole, 103, dtype).to_data(), (&device, dtype));
+            let weight = Tensor::from_data(numbers.tensor(whole, 103).to_data(), (&device, dtype));
             let weight = weight.narrow(0, samples.start, samples.len());
             let weight = Shard::split(weight, output.layout(), output.rank())?;
             let y = output.tensor().clone();
@@ -604,9 +633,36 @@ pub(crate) fn assert_alike_on_all_ranks(seen: &[Seen]) -> Result<(), TestCaseErr
     Ok(())
 }
 
-/// Holds results to the serial ones: |Δ| ≤ `tolerance` · max(1, max|serial|), the largest of the tensor's layer:
-/// a gradient that cancels to nothing, as that of a key's bias, carries the roundings of what was summed, which
-/// is as large as the layer's other gradients.
+/// The largest difference from the serial results, and where it is: |Δ| / max(1, max|serial|), the largest of the
+/// tensor's layer: a gradient that cancels to nothing, as that of a key's bias, carries the roundings of what was
+/// summed, which is as large as the layer's other gradients.
+fn difference(
+    serial: &BTreeMap<String, Vec<f64>>,
+    found: &BTreeMap<String, Vec<f64>>,
+) -> (f64, String) {
+    let layer = |name: &str| name.split('.').take(2).collect::<Vec<_>>().join(".");
+    let mut sizes: BTreeMap<String, f64> = BTreeMap::new();
+    for (name, values) in serial {
+        let size = sizes.entry(layer(name)).or_insert(1.0);
+        *size = values.iter().fold(*size, |size, x| size.max(x.abs()));
+    }
+    let mut most = (0.0, String::new());
+    for (name, expected) in serial {
+        let size = sizes[&layer(name)];
+        for (index, (a, b)) in found[name].iter().zip(expected).enumerate() {
+            let difference = (a - b).abs() / size;
+            if difference > most.0 || difference.is_nan() {
+                most = (difference, format!("{name}[{index}] is {a}, serially {b}"));
+            }
+            if difference.is_nan() {
+                return most;
+            }
+        }
+    }
+    most
+}
+
+/// Holds results to the serial ones.
 pub(crate) fn assert_close(
     what: &str,
     serial: &BTreeMap<String, Vec<f64>>,
@@ -615,29 +671,30 @@ pub(crate) fn assert_close(
 ) -> Result<(), TestCaseError> {
     prop_assert_eq!(serial.len(), found.len());
     for (name, expected) in serial {
-        let found = &found[name];
-        prop_assert_eq!(
-            found.len(),
-            expected.len(),
-            "{}: elements of {}",
-            what,
-            name
-        );
-        let layer = |name: &str| name.split('.').take(2).collect::<Vec<_>>().join(".");
-        let of_layer = serial
-            .iter()
-            .filter(|(other, _)| layer(other) == layer(name));
-        let values = of_layer.flat_map(|(_, values)| values);
-        let size = values.fold(1.0, |size: f64, x| size.max(x.abs()));
-        for (index, (a, b)) in found.iter().zip(expected).enumerate() {
-            let difference = (a - b).abs() / size;
-            prop_assert!(
-                difference <= tolerance,
-                "{what}: {name}[{index}] is {a}, serially {b}: a difference of {difference:e}"
-            );
-        }
+        let elements = found[name].len();
+        prop_assert_eq!(elements, expected.len(), "{}: elements of {}", what, name);
     }
+    let (difference, place) = difference(serial, found);
+    prop_assert!(
+        difference <= tolerance,
+        "{what}: {place}: a difference of {difference:e}"
+    );
     Ok(())
+}
+
+/// Whether a case can be computed in f32 at all: moving its numbers by what f32 cannot tell moves the serial
+/// results, in f64, by little. Which cases can is so decided without any f32 code of ours.
+///
+/// In 3000 random cases f32 on any strategy was off by at most 10 times as much as the worst of three such
+/// moves; a quarter of them move by more than is allowed here, one in a thousand by 1e-5.
+pub(crate) fn is_well_conditioned(case: &Case) -> bool {
+    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
+    let of = |nudge| {
+        let dtype = DType::F64;
+        whole(&run_of(&serial, case, (1, 1), Numbers { dtype, nudge }).unwrap())
+    };
+    let reference = of(None);
+    (1..=3).all(|seed| difference(&reference, &of(Some(seed))).0 <= 5e-7)
 }
 
 /// Runs a case serially, in f64, and under a strategy, and compares everything.
