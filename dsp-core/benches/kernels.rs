@@ -15,7 +15,8 @@ use dsp_core::attention::{HeadRange, Heads, Mask, Problem, backward, forward, li
 use dsp_core::linear::affine;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
-/// Pages that are freed stay with the process, as in the binary `dsp`: else page faults are what is measured.
+/// As in the binary `dsp`. `MIMALLOC_PURGE_DELAY=-1`, which `cargo xtask bench --kernels` sets, keeps freed pages
+/// with the process, as there: else page faults are what is measured.
 #[global_allocator]
 static MEMORY: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

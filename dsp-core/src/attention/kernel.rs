@@ -17,16 +17,16 @@ pub enum Kernel {
 #[derive(Debug, Clone)]
 pub enum Kept {
     /// The output and its logsumexp.
-    Softmax(Tensor<4>, Tensor<3>),
+    Softmax(Box<(Tensor<4>, Tensor<3>)>),
     /// The states.
-    Linear(linear::Chunk),
+    Linear(Box<linear::Chunk>),
 }
 
 impl Kept {
     /// The output: `[B, Lq, Hq, dv]`.
     pub fn output(&self) -> &Tensor<4> {
         match self {
-            Self::Softmax(output, _) => output,
+            Self::Softmax(kept) => &kept.0,
             Self::Linear(chunk) => &chunk.output,
         }
     }
@@ -34,7 +34,7 @@ impl Kept {
     /// The logsumexp, `[B, Lq, Hq]`, which linear attention does not have.
     pub fn logsumexp(&self) -> Option<&Tensor<3>> {
         match self {
-            Self::Softmax(_, lse) => Some(lse),
+            Self::Softmax(kept) => Some(&kept.1),
             Self::Linear(_) => None,
         }
     }
@@ -45,10 +45,10 @@ impl Kernel {
     pub fn forward(&self, [q, k, v]: &[Tensor<4>; 3]) -> Kept {
         match self {
             Self::Softmax(problem) => {
-                let (output, lse) = softmax::forward(q.clone(), k.clone(), v.clone(), problem);
-                Kept::Softmax(output, lse)
+                let (q, k, v) = (q.clone(), k.clone(), v.clone());
+                Kept::Softmax(Box::new(softmax::forward(q, k, v, problem)))
             }
-            Self::Linear(problem) => Kept::Linear(linear::forward(q, k, v, problem)),
+            Self::Linear(problem) => Kept::Linear(Box::new(linear::forward(q, k, v, problem))),
         }
     }
 
@@ -63,9 +63,9 @@ impl Kernel {
         dout: Tensor<4>,
     ) -> [Tensor<4>; 3] {
         match (self, kept) {
-            (Self::Softmax(problem), Kept::Softmax(output, lse)) => {
+            (Self::Softmax(problem), Kept::Softmax(kept)) => {
                 let (q, k, v) = (q.clone(), k.clone(), v.clone());
-                let (output, lse) = (output.clone(), lse.clone());
+                let (output, lse) = (**kept).clone();
                 softmax::backward(q, k, v, output, lse, dout, problem).into()
             }
             (Self::Linear(problem), Kept::Linear(chunk)) => {

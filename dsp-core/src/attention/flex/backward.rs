@@ -333,11 +333,10 @@ impl Scratch {
             positions,
             &problem.key_positions,
         );
-        let of_head = [head.sample, *keys, head.kv];
-        pack::transposed_panels::<S>(&mut self.k_transposed, k, of_head);
-        pack::transposed_panels::<S>(&mut self.v_transposed, v, of_head);
-        let keys_of_head = (0..*keys).map(|key| k.row([head.sample, key, head.kv]));
-        pack::panels::<S>(&mut self.k, keys_of_head, *keys, k.width());
+        let [of_k, of_v] = [k, v].map(|x| x.positions(head.sample, &(0..*keys), head.kv));
+        pack::transposed_panels::<S>(&mut self.k_transposed, of_k.clone(), *keys, k.width());
+        pack::transposed_panels::<S>(&mut self.v_transposed, of_v, *keys, v.width());
+        pack::panels::<S>(&mut self.k, of_k, *keys, k.width());
         let rows = queries.len() * head.query.len();
         let scale = (problem.scale * LOG2_E) as f32;
         pack::by_rows::<S>(&mut self.q_rows, head.rows(q, queries), q.width(), scale);

@@ -104,9 +104,9 @@ impl WithSimd for Pack<'_> {
         let Forward { k, v, lengths, .. } = self.forward;
         let Head { sample, kv, .. } = *self.head;
         let keys = lengths[1];
-        pack::transposed_panels::<S>(&mut self.packed.k, k, [sample, keys, kv]);
-        let values = (0..keys).map(|key| v.row([sample, key, kv]));
-        pack::panels::<S>(&mut self.packed.v, values, keys, v.width());
+        let [of_k, of_v] = [k, v].map(|x| x.positions(sample, &(0..keys), kv));
+        pack::transposed_panels::<S>(&mut self.packed.k, of_k, keys, k.width());
+        pack::panels::<S>(&mut self.packed.v, of_v, keys, v.width());
     }
 }
 

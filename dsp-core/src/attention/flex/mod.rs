@@ -1,5 +1,5 @@
-//! Softmax attention on the CPU in f32, by kernels of our own: what [`super::softmax`] computes, near the speed of
-//! the matrix product.
+//! Attention on the CPU in f32, by kernels of our own, near the speed of the matrix product: softmax attention, what
+//! [`super::softmax`] computes, and in [`linear`] the other kind.
 //!
 //! ```text
 //!   one kv head of one sample            keys ──►  a tile at a time, in the second cache
@@ -24,6 +24,7 @@
 
 mod backward;
 mod forward;
+pub(super) mod linear;
 mod pack;
 mod rows;
 mod visible;
@@ -34,7 +35,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::softmax::{Problem, Sizes};
+use super::softmax::{HeadRange, Problem, Sizes};
 use crate::simd::Level;
 use rows::{Row, Rows, RowsOut, readable};
 
@@ -112,7 +113,7 @@ pub(super) fn forward_in(
             out: RowsOut::new(&mut out, dims, width),
             lse: RowsOut::new(&mut lse, dims, 1),
         };
-        forward.run(&heads_of(batch, problem));
+        forward.run(&heads_of(batch, &problem.heads));
     }
     (
         tensor(out, [batch, queries, heads, width], &device),
@@ -131,7 +132,7 @@ pub(super) fn backward_in(
     let device = q.device();
     let shapes = [sizes.q, sizes.k, sizes.v];
     let lengths = [sizes.q[1], sizes.k[1]];
-    let heads = heads_of(sizes.q[0], problem);
+    let heads = heads_of(sizes.q[0], &problem.heads);
     let [mut dq, mut dk, mut dv] = shapes.map(|shape| vec![0.0; shape.iter().product()]);
     if !dq.is_empty() && !dk.is_empty() {
         let lse = lse.clone().unsqueeze_dim::<4>(3);
@@ -208,8 +209,8 @@ impl Head {
     }
 }
 
-fn heads_of(batch: usize, problem: &Problem) -> Vec<Head> {
-    let segments = problem.heads.segments();
+fn heads_of(batch: usize, heads: &HeadRange) -> Vec<Head> {
+    let segments = heads.segments();
     let mut heads = Vec::new();
     for sample in 0..batch {
         for segment in &segments {
@@ -231,7 +232,7 @@ fn numbers(ranges: &[Range<usize>], index: usize) -> impl Iterator<Item = usize>
     ranges.iter().cloned().flatten().skip(index)
 }
 
-fn level_for<const N: usize>(tensors: [&Tensor<4>; N]) -> Option<Level> {
+pub(super) fn level_for<const N: usize>(tensors: [&Tensor<4>; N]) -> Option<Level> {
     let ours = |tensor: &&Tensor<4>| {
         tensor.dtype() == DType::F32
             && *tensor.device().as_dispatch() == *Device::flex().as_dispatch()

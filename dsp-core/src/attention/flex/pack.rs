@@ -2,7 +2,6 @@
 
 use pulp::Simd;
 
-use super::rows::{Row, Rows};
 use crate::simd::panel_width;
 
 /// Rows under one another, each times `factor`: `[rows, width up to whole vectors]`.
@@ -13,11 +12,23 @@ pub(super) fn by_rows<'a, S: Simd>(
     width: usize,
     factor: f32,
 ) {
+    weighted_rows::<S>(packed, rows.map(|row| (row, factor)), width);
+}
+
+/// Rows under one another, each times a factor of its own: `[rows, width up to whole vectors]`.
+#[inline(always)]
+pub(super) fn weighted_rows<'a, S: Simd>(
+    packed: &mut Vec<f32>,
+    rows: impl Iterator<Item = (&'a [f32], f32)>,
+    width: usize,
+) {
     let stride = width.next_multiple_of(S::F32_LANES);
     packed.clear();
-    for row in rows {
+    for (row, factor) in rows {
         packed.extend(row.iter().map(|x| x * factor));
-        packed.resize(packed.len() + stride - width, 0.0);
+        if stride > width {
+            packed.resize(packed.len() + stride - width, 0.0);
+        }
     }
 }
 
@@ -25,40 +36,46 @@ pub(super) fn by_rows<'a, S: Simd>(
 #[inline(always)]
 pub(super) fn panels<'a, S: Simd>(
     packed: &mut Vec<f32>,
-    rows: impl Iterator<Item = &'a [f32]> + Clone,
+    rows: impl Iterator<Item = &'a [f32]>,
     count: usize,
     width: usize,
 ) {
     let panel = panel_width::<S>();
-    packed.clear();
-    packed.reserve(width.div_ceil(panel) * count * panel);
-    for column in (0..width).step_by(panel) {
-        let columns = panel.min(width - column);
-        for row in rows.clone() {
-            packed.extend_from_slice(&row[column..column + columns]);
-            packed.resize(packed.len() + panel - columns, 0.0);
+    packed.resize(width.div_ceil(panel) * count * panel, 0.0);
+    for (step, row) in rows.enumerate() {
+        let mut at = step * panel;
+        // Pieces whose length is known: moves of vectors, where a call would cost as much as the rest.
+        let pieces = row.chunks_exact(panel);
+        let rest = pieces.remainder();
+        for piece in pieces {
+            packed[at..at + panel].copy_from_slice(piece);
+            at += count * panel;
+        }
+        if !rest.is_empty() {
+            let (to, zeros) = packed[at..at + panel].split_at_mut(rest.len());
+            to.copy_from_slice(rest);
+            zeros.fill(0.0);
         }
     }
 }
 
 /// A right side whose columns are the rows: panels of rows, `[⌈rows / panel⌉, width, panel]`.
 #[inline(always)]
-pub(super) fn transposed_panels<S: Simd>(
+pub(super) fn transposed_panels<'a, S: Simd>(
     packed: &mut Vec<f32>,
-    rows: &Rows<'_>,
-    [sample, count, head]: Row,
+    mut rows: impl Iterator<Item = &'a [f32]>,
+    count: usize,
+    width: usize,
 ) {
-    let (panel, width) = (panel_width::<S>(), rows.width());
+    let panel = panel_width::<S>();
     let size = count.div_ceil(panel) * width * panel;
     if packed.len() != size {
         packed.clear();
         packed.resize(size, 0.0);
     }
-    for (index, packed) in packed.chunks_exact_mut(width * panel).enumerate() {
-        let first = index * panel;
+    for packed in packed.chunks_exact_mut(width * panel) {
         for lane in 0..panel {
-            if first + lane < count {
-                let row = rows.row([sample, first + lane, head]);
+            if let Some(row) = rows.next() {
                 for (x, step) in row.iter().zip(packed.chunks_exact_mut(panel)) {
                     step[lane] = *x;
                 }

@@ -6,6 +6,7 @@
 )]
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use burn::backend::flex::FlexTensor;
 
@@ -13,6 +14,7 @@ use burn::backend::flex::FlexTensor;
 pub(super) type Row = [usize; 3];
 
 /// An f32 tensor `[B, L, H, w]`, any view whose rows are contiguous.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Rows<'a> {
     data: &'a [f32],
     strides: Row,
@@ -41,6 +43,17 @@ impl<'a> Rows<'a> {
     pub(super) fn row(&self, row: Row) -> &'a [f32] {
         let start: usize = row.iter().zip(self.strides).map(|(i, s)| i * s).sum();
         &self.data[start..start + self.width]
+    }
+
+    /// The rows of a head at some positions.
+    #[inline(always)]
+    pub(super) fn positions(
+        self,
+        sample: usize,
+        positions: &Range<usize>,
+        head: usize,
+    ) -> impl Iterator<Item = &'a [f32]> + Clone + use<'a> {
+        (positions.clone()).map(move |position| self.row([sample, position, head]))
     }
 }
 
