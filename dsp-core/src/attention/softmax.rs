@@ -1139,8 +1139,10 @@ mod tests {
         #[test]
         fn any_blocks_give_the_naive_output_logsumexp_and_gradients(case in cases()) {
             let device = Device::flex();
-            // f64: a few hundred roundings. f32: the same, at its own epsilon.
-            let tolerance = if case.dtype == DType::F64 { 1e-13 } else { 1e-5 };
+            // f64: a few hundred roundings. f32: the same, at its own epsilon, of terms that dropout makes larger by its
+            // scale before they cancel: a query's only key has a score whose gradient is 0.
+            let scale = case.problem.dropout.map_or(1.0, |dropout| dropout.scale());
+            let tolerance = if case.dtype == DType::F64 { 1e-13 } else { 1e-5 * scale };
             let expected = naive(&case, &device);
             for blocks in [case.blocks, ONE_BLOCK] {
                 for way in ways(&case, blocks) {
