@@ -10,7 +10,7 @@ mod product;
 use pulp::{Simd, WithSimd};
 
 pub(crate) use exp::{exp2, exp2_row, row_max};
-pub(crate) use product::{Left, Product, Right, Store, panel_width};
+pub(crate) use product::{Left, Store, multiply, panel_width};
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy)]

@@ -44,6 +44,22 @@ pub(crate) struct Left<'a> {
     pub(crate) step: usize,
 }
 
+impl<'a> Left<'a> {
+    /// A matrix whose rows lie `stride` apart.
+    #[inline(always)]
+    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Self {
+        let (row, step) = (stride, 1);
+        Self { data, row, step }
+    }
+
+    /// A matrix whose columns lie `stride` apart.
+    #[inline(always)]
+    pub(crate) fn columns(data: &'a [f32], stride: usize) -> Self {
+        let (row, step) = (1, stride);
+        Self { data, row, step }
+    }
+}
+
 /// B: the element of step `k` and column `j` is `data[j/w·panel + k·w + j mod w]`, with `w` the [`panel_width`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Right<'a> {
@@ -76,6 +92,33 @@ pub(crate) struct Product<'a> {
     pub(crate) out: &'a mut [f32],
     pub(crate) out_row: usize,
     pub(crate) store: Store,
+}
+
+/// A [`Product`], inside a kernel: `right` are panels of so many steps, `out` has rows that lie so far apart.
+///
+/// # Panics
+/// As [`Product`].
+#[inline(always)]
+pub(crate) fn multiply<S: Simd>(
+    simd: S,
+    sizes: [usize; 3],
+    left: Left<'_>,
+    (right, steps): (&[f32], usize),
+    (out, out_row): (&mut [f32], usize),
+    store: Store,
+) {
+    let right = Right {
+        data: right,
+        panel: steps * panel_width::<S>(),
+    };
+    simd.vectorize(Product {
+        sizes,
+        left,
+        right,
+        out,
+        out_row,
+        store,
+    });
 }
 
 impl WithSimd for Product<'_> {

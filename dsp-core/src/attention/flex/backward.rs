@@ -19,7 +19,7 @@ use super::rows::{Rows, RowsOut};
 use super::visible::Visible;
 use super::{Head, Tiling, numbers, pack};
 use crate::attention::softmax::{Problem, positions_of};
-use crate::simd::{Left, Level, Product, Right, Store, exp2, panel_width};
+use crate::simd::{Left, Level, Store, exp2, multiply, panel_width};
 
 /// One backward: what is read, and what is written.
 pub(super) struct Backward<'a> {
@@ -181,36 +181,22 @@ impl WithSimd for Part<'_> {
                 }
                 let start = seen.start / panel * panel;
                 let columns = (seen.end - start).next_multiple_of(lanes);
-                simd.vectorize(Product {
-                    sizes: [rows, columns, width],
-                    left: Left {
-                        data: &q_rows[first_row * q_row..],
-                        row: q_row,
-                        step: 1,
-                    },
-                    right: Right {
-                        data: &k_transposed[start * width..],
-                        panel: width * panel,
-                    },
-                    out: weights,
-                    out_row: score_row,
-                    store: Store::Set,
-                });
-                simd.vectorize(Product {
-                    sizes: [rows, columns, value_width],
-                    left: Left {
-                        data: &dout_rows[first_row * v_row..],
-                        row: v_row,
-                        step: 1,
-                    },
-                    right: Right {
-                        data: &v_transposed[start * value_width..],
-                        panel: value_width * panel,
-                    },
-                    out: scores,
-                    out_row: score_row,
-                    store: Store::Set,
-                });
+                multiply(
+                    simd,
+                    [rows, columns, width],
+                    Left::rows(&q_rows[first_row * q_row..], q_row),
+                    (&k_transposed[start * width..], width),
+                    (weights, score_row),
+                    Store::Set,
+                );
+                multiply(
+                    simd,
+                    [rows, columns, value_width],
+                    Left::rows(&dout_rows[first_row * v_row..], v_row),
+                    (&v_transposed[start * value_width..], value_width),
+                    (scores, score_row),
+                    Store::Set,
+                );
                 let dropping = problem.dropout.map(|dropout| {
                     let sample = numbers(&problem.samples, head.sample).next();
                     let keys = positions_of(&problem.key_positions, start..seen.end);
@@ -246,51 +232,30 @@ impl WithSimd for Part<'_> {
                 }
                 // The keys of the tile that are seen, of the matrices of weights and of sums.
                 let (in_scores, in_tile) = (seen.start - start, seen.start - first_key);
-                simd.vectorize(Product {
-                    sizes: [seen.len(), value_width, rows],
-                    left: Left {
-                        data: &weights[in_scores..],
-                        row: 1,
-                        step: score_row,
-                    },
-                    right: Right {
-                        data: &packed_dout[first_row * panel..],
-                        panel: known.len() * panel,
-                    },
-                    out: &mut dv[in_tile * v_row..],
-                    out_row: v_row,
-                    store: Store::Add,
-                });
-                simd.vectorize(Product {
-                    sizes: [seen.len(), width, rows],
-                    left: Left {
-                        data: &scores[in_scores..],
-                        row: 1,
-                        step: score_row,
-                    },
-                    right: Right {
-                        data: &packed_q[first_row * panel..],
-                        panel: known.len() * panel,
-                    },
-                    out: &mut dk[in_tile * q_row..],
-                    out_row: q_row,
-                    store: Store::Add,
-                });
-                simd.vectorize(Product {
-                    sizes: [rows, width, seen.len()],
-                    left: Left {
-                        data: &scores[in_scores..],
-                        row: score_row,
-                        step: 1,
-                    },
-                    right: Right {
-                        data: &packed_k[seen.start * panel..],
-                        panel: keys * panel,
-                    },
-                    out: &mut dq[first_row * q_row..],
-                    out_row: q_row,
-                    store: Store::Add,
-                });
+                multiply(
+                    simd,
+                    [seen.len(), value_width, rows],
+                    Left::columns(&weights[in_scores..], score_row),
+                    (&packed_dout[first_row * panel..], known.len()),
+                    (&mut dv[in_tile * v_row..], v_row),
+                    Store::Add,
+                );
+                multiply(
+                    simd,
+                    [seen.len(), width, rows],
+                    Left::columns(&scores[in_scores..], score_row),
+                    (&packed_q[first_row * panel..], known.len()),
+                    (&mut dk[in_tile * q_row..], q_row),
+                    Store::Add,
+                );
+                multiply(
+                    simd,
+                    [rows, width, seen.len()],
+                    Left::rows(&scores[in_scores..], score_row),
+                    (&packed_k[seen.start * panel..], keys),
+                    (&mut dq[first_row * q_row..], q_row),
+                    Store::Add,
+                );
             }
             if any {
                 for (i, key) in of_tile.enumerate() {

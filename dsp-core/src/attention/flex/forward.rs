@@ -15,7 +15,7 @@ use super::rows::{Rows, RowsOut};
 use super::visible::Visible;
 use super::{Head, Tiling, numbers, pack};
 use crate::attention::softmax::{Problem, positions_of};
-use crate::simd::{Left, Level, Product, Right, Store, exp2_row, panel_width, row_max};
+use crate::simd::{Left, Level, Store, exp2_row, multiply, panel_width, row_max};
 
 /// One forward: what is read, and what is written.
 pub(super) struct Forward<'a> {
@@ -181,21 +181,14 @@ impl WithSimd for Block<'_> {
                 }
                 let start = seen.start / panel * panel;
                 let columns = (seen.end - start).next_multiple_of(lanes);
-                simd.vectorize(Product {
-                    sizes: [strip.len(), columns, width],
-                    left: Left {
-                        data: &packed_q[first_row * q_row..],
-                        row: q_row,
-                        step: 1,
-                    },
-                    right: Right {
-                        data: &packed.k[start * width..],
-                        panel: width * panel,
-                    },
-                    out: scores,
-                    out_row: score_row,
-                    store: Store::Set,
-                });
+                multiply(
+                    simd,
+                    [strip.len(), columns, width],
+                    Left::rows(&packed_q[first_row * q_row..], q_row),
+                    (&packed.k[start * width..], width),
+                    (scores, score_row),
+                    Store::Set,
+                );
                 let dropping = problem.dropout.map(|dropout| {
                     let sample = numbers(&problem.samples, head.sample).next();
                     let keys = positions_of(&problem.key_positions, start..seen.end);
@@ -233,21 +226,14 @@ impl WithSimd for Block<'_> {
                         }
                     }
                 }
-                simd.vectorize(Product {
-                    sizes: [strip.len(), value_width, seen.len()],
-                    left: Left {
-                        data: &scores[seen.start - start..],
-                        row: score_row,
-                        step: 1,
-                    },
-                    right: Right {
-                        data: &packed.v[seen.start * panel..],
-                        panel: keys * panel,
-                    },
-                    out: &mut out[first_row * out_row..],
-                    out_row,
-                    store: Store::Add,
-                });
+                multiply(
+                    simd,
+                    [strip.len(), value_width, seen.len()],
+                    Left::rows(&scores[seen.start - start..], score_row),
+                    (&packed.v[seen.start * panel..], *keys),
+                    (&mut out[first_row * out_row..], out_row),
+                    Store::Add,
+                );
             }
         }
 

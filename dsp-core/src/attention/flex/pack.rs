@@ -26,9 +26,7 @@ pub(super) fn weighted_rows<'a, S: Simd>(
     packed.clear();
     for (row, factor) in rows {
         packed.extend(row.iter().map(|x| x * factor));
-        if stride > width {
-            packed.resize(packed.len() + stride - width, 0.0);
-        }
+        packed.resize(packed.len() + stride - width, 0.0);
     }
 }
 
@@ -44,7 +42,6 @@ pub(super) fn panels<'a, S: Simd>(
     packed.resize(width.div_ceil(panel) * count * panel, 0.0);
     for (step, row) in rows.enumerate() {
         let mut at = step * panel;
-        // Pieces whose length is known: moves of vectors, where a call would cost as much as the rest.
         let pieces = row.chunks_exact(panel);
         let rest = pieces.remainder();
         for piece in pieces {

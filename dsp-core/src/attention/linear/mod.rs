@@ -41,6 +41,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::HeadRange;
+use super::chunks::Direction;
 #[cfg(feature = "flex")]
 use super::flex::linear as flex;
 use crate::vjp;
@@ -122,16 +123,6 @@ impl Way {
     }
 }
 
-/// Which way states run through a chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    /// States, from the first position on: of keys, as they age until the block's end, and values.
-    Forward,
-    /// Their gradients, from the last position back: of queries, as the state before the block reaches them, and the
-    /// outputs' gradients.
-    Backward,
-}
-
 /// The states along a chunk, in the direction in which they run: forward from its first position, and backward, as
 /// gradients, from its last.
 ///
@@ -142,29 +133,18 @@ pub struct States {
     pub last: Tensor<4>,
     /// The state that each block meets, in the order of positions: `[B, Hq, blocks, d, dv]`.
     met: Tensor<5>,
-    blocks: Vec<Range<usize>>,
-    /// How many positions of the chunk the state has passed by then.
-    passed: Vec<usize>,
+    /// Positions of a block, and of the chunk.
+    block: usize,
     length: usize,
+    direction: Direction,
 }
 
 impl States {
-    fn new(
-        last: Tensor<4>,
-        met: Tensor<5>,
-        (blocks, length): (Vec<Range<usize>>, usize),
-        direction: Direction,
-    ) -> Self {
-        let passed = blocks.iter().map(|rows| match direction {
-            Direction::Forward => rows.start,
-            Direction::Backward => length - rows.end,
-        });
-        Self {
-            passed: passed.collect(),
-            last,
-            met,
-            blocks,
-            length,
+    /// The positions of each block; there is none where there are no states.
+    fn blocks(&self) -> Vec<Range<usize>> {
+        match self.met.dims()[2] {
+            0 => vec![],
+            _ => ranges(self.length, self.block),
         }
     }
 
@@ -181,8 +161,14 @@ impl States {
         }
         let device = state.device();
         let like = (&device, state.dtype());
-        if !self.blocks.is_empty() {
-            let passing = problem.powers(self.passed.len(), |block| self.passed[block], like);
+        let blocks = self.blocks();
+        if !blocks.is_empty() {
+            // How many positions of the chunk the state has passed when a block meets it.
+            let passed = |block: usize| match self.direction {
+                Direction::Forward => blocks[block].start,
+                Direction::Backward => self.length - blocks[block].end,
+            };
+            let passing = problem.powers(blocks.len(), passed, like);
             let passing = passing.unsqueeze_dim::<5>(4);
             self.met = self.met.clone() + state.clone().unsqueeze_dim::<5>(2) * passing;
         }
@@ -217,12 +203,17 @@ pub fn state_gradients(q: &Tensor<4>, dout: &Tensor<4>, problem: &Problem) -> St
 fn states_by(way: Way, ab: [&Tensor<4>; 2], direction: Direction, problem: &Problem) -> States {
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(ab) {
-        let length = ab[0].dims()[1];
-        let blocks = blocks(ab, length, way.block());
+        let (length, block) = (ab[0].dims()[1], way.block());
+        let blocks = ranges(length, block);
         let [last, met] = flex::states(level, ab, &blocks, direction, problem);
         let [samples, heads, d, dv] = last.dims();
-        let met = met.reshape([samples, heads, blocks.len(), d, dv]);
-        return States::new(last, met, (blocks, length), direction);
+        return States {
+            last,
+            met: met.reshape([samples, heads, blocks.len(), d, dv]),
+            block,
+            length,
+            direction,
+        };
     }
     portable::states(way.block(), ab, direction, problem)
 }
@@ -252,7 +243,7 @@ fn within_by(way: Way, qkv: [&Tensor<4>; 3], problem: &Problem) -> Within {
     check(qkv, problem);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(qkv) {
-        let blocks = blocks(qkv, qkv[0].dims()[1], way.block());
+        let blocks = ranges(qkv[0].dims()[1], way.block());
         let output = flex::output(level, qkv, None, &blocks, problem);
         return Within { output };
     }
@@ -273,7 +264,7 @@ impl Within {
         #[cfg(feature = "flex")]
         if let Some(level) = way.level([q, &self.output]) {
             let (within, met) = (&self.output, &states.met);
-            return flex::output_after(level, q, within, met, &states.blocks, problem);
+            return flex::output_after(level, q, within, met, &states.blocks(), problem);
         }
         #[cfg(not(feature = "flex"))]
         let _ = way;
@@ -310,7 +301,7 @@ fn forward_by(way: Way, qkv: [&Tensor<4>; 3], problem: &Problem) -> Chunk {
     let states = states_by(way, [k, v], Direction::Forward, problem);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(qkv) {
-        let output = flex::output(level, qkv, Some(&states.met), &states.blocks, problem);
+        let output = flex::output(level, qkv, Some(&states.met), &states.blocks(), problem);
         return Chunk { output, states };
     }
     let within = within_by(way, qkv, problem);
@@ -368,7 +359,7 @@ fn gradients_within_by(
     #[cfg(feature = "flex")]
     if let Some(level) = way.level([qkv[0], qkv[1], qkv[2], dout]) {
         let met = (&states.met, None);
-        let [query, key, value] = flex::gradients(level, qkv, dout, met, &states.blocks, problem);
+        let [query, key, value] = flex::gradients(level, qkv, dout, met, &states.blocks(), problem);
         return GradientsWithin { query, key, value };
     }
     #[cfg(not(feature = "flex"))]
@@ -400,7 +391,7 @@ impl GradientsWithin {
         if let Some(level) = way.level([q, k, v, &query]) {
             let (within, met) = ([&key, &value], &after.met);
             let [key, value] =
-                flex::gradients_after(level, [k, v], within, met, &after.blocks, problem);
+                flex::gradients_after(level, [k, v], within, met, &after.blocks(), problem);
             return Gradients { query, key, value };
         }
         #[cfg(not(feature = "flex"))]
@@ -448,7 +439,7 @@ fn backward_by(
     if let Some(level) = way.level([qkv[0], qkv[1], qkv[2], dout]) {
         // Both parts of a block at once: what is at hand is not fetched again.
         let met = (&states.met, Some(&after.met));
-        let [query, key, value] = flex::gradients(level, qkv, dout, met, &states.blocks, problem);
+        let [query, key, value] = flex::gradients(level, qkv, dout, met, &states.blocks(), problem);
         return Gradients { query, key, value };
     }
     let within = gradients_within_by(way, qkv, states, dout, problem);
@@ -482,11 +473,8 @@ fn computed_in(x: &Tensor<4>) -> DType {
     }
 }
 
-/// The positions in blocks: none, if a tensor has no elements.
-fn blocks<const N: usize>(x: [&Tensor<4>; N], length: usize, block: usize) -> Vec<Range<usize>> {
-    if x.iter().any(|x| x.shape().num_elements() == 0) {
-        return vec![];
-    }
+/// The positions in blocks.
+fn ranges(length: usize, block: usize) -> Vec<Range<usize>> {
     (0..length)
         .step_by(block)
         .map(|start| start..length.min(start + block))

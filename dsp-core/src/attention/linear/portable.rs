@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
-use super::{Direction, GradientsWithin, Problem, States, blocks, computed_in};
+use super::super::chunks::Direction;
+use super::{GradientsWithin, Problem, States, computed_in, ranges};
 use crate::matmul::matmul;
 
 impl Problem {
@@ -67,7 +68,7 @@ pub(super) fn states(
         Direction::Backward => [Rows::query(a, problem.scale), Rows::query(b, 1.0)],
     };
     let mut last = a.no_state(&b);
-    let blocks = blocks([&a.x, &b.x], a.length(), block);
+    let blocks = blocks([&a, &b], block);
     let mut order: Vec<_> = blocks.iter().collect();
     if direction == Direction::Backward {
         order.reverse();
@@ -90,7 +91,13 @@ pub(super) fn states(
         true => Tensor::zeros([samples, heads, 0, d, dv], a.like()),
         false => Tensor::cat(met, 2),
     };
-    States::new(last, met, (blocks, a.length()), direction)
+    States {
+        last,
+        met,
+        block,
+        length: a.length(),
+        direction,
+    }
 }
 
 /// The state that a block meets: `[B, Hq, d, dv]`.
@@ -113,7 +120,7 @@ pub(super) fn within(block: usize, [q, k, v]: [&Tensor<4>; 3], problem: &Problem
         let weights = scores(q.part(&rows), k.part(&rows)) * tables.triangle.clone();
         matmul(weights, v.part(&rows))
     };
-    let blocks = blocks([&q.x, &v.x], length, block);
+    let blocks = blocks([&q, &v], block);
     let parts = blocks.into_iter().map(of_block);
     joined(parts.collect(), shape, q.like())
 }
@@ -124,11 +131,15 @@ pub(super) fn from_before(q: &Tensor<4>, states: &States, problem: &Problem) -> 
     let shape = [batch, length, heads, states.last.dims()[3]];
     let q = Rows::query(q, problem.scale);
     let mut tables = None;
-    let parts = states.blocks.iter().enumerate().map(|(index, rows)| {
-        let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
-        let reached = q.part(rows) * tables.reached.clone();
-        matmul(reached, of_block(states, index))
-    });
+    let parts = states
+        .blocks()
+        .into_iter()
+        .enumerate()
+        .map(|(index, rows)| {
+            let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
+            let reached = q.part(&rows) * tables.reached.clone();
+            matmul(reached, of_block(states, index))
+        });
     joined(parts.collect(), shape, q.like())
 }
 
@@ -148,9 +159,9 @@ pub(super) fn gradients_within(
     );
     let mut parts = [const { Vec::new() }; 3];
     let mut tables = None;
-    for (index, rows) in states.blocks.iter().enumerate() {
+    for (index, rows) in states.blocks().into_iter().enumerate() {
         let tables = Tables::of(&mut tables, problem, rows.len(), q.like());
-        let [q, k, v, dout] = [&q, &k, &v, &dout].map(|x| x.part(rows));
+        let [q, k, v, dout] = [&q, &k, &v, &dout].map(|x| x.part(&rows));
         let weights = scores(q.clone(), k.clone()) * tables.triangle.clone();
         let dweights = scores(dout.clone(), v) * tables.triangle.clone();
         let from_before = scores(dout.clone(), of_block(states, index)) * tables.reached.clone();
@@ -177,11 +188,11 @@ pub(super) fn from_after(
     let shapes = [k, v].map(Tensor::dims);
     let (k, v) = (Rows::kv(k, problem), Rows::kv(v, problem));
     let (mut keys, mut values, mut tables) = (Vec::new(), Vec::new(), None);
-    for (index, rows) in after.blocks.iter().enumerate() {
+    for (index, rows) in after.blocks().into_iter().enumerate() {
         let tables = Tables::of(&mut tables, problem, rows.len(), k.like());
         let state = of_block(after, index);
-        let dk = scores(v.part(rows), state.clone()) * tables.aged.clone();
-        let dv = matmul(k.part(rows) * tables.aged.clone(), state);
+        let dk = scores(v.part(&rows), state.clone()) * tables.aged.clone();
+        let dv = matmul(k.part(&rows) * tables.aged.clone(), state);
         keys.push(of_kv_heads(dk, problem));
         values.push(of_kv_heads(dv, problem));
     }
@@ -316,4 +327,12 @@ fn of_kv_heads(x: Tensor<4>, problem: &Problem) -> Tensor<4> {
         x.clone().narrow(1, first, count).sum_dim(1)
     });
     Tensor::cat(of_head.collect(), 1)
+}
+
+/// The rows in blocks: none, if either tensor has no elements.
+fn blocks(x: [&Rows; 2], block: usize) -> Vec<Range<usize>> {
+    match x.iter().any(|x| x.x.shape().num_elements() == 0) {
+        true => vec![],
+        false => ranges(x[0].length(), block),
+    }
 }

@@ -1,0 +1,232 @@
+//! The output of a block: from the state that it meets, and what its rows give each other.
+
+#![expect(
+    unsafe_code,
+    reason = "threads write rows of one tensor that they share out among themselves"
+)]
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::super::forward::padded;
+use super::super::rows::{Rows, RowsOut};
+use super::super::{pack, tensor};
+use super::{Powers, STRIP, input, states_of, write};
+use crate::attention::linear::Problem;
+use crate::simd::{Left, Level, Store, multiply};
+
+/// The output: `[B, L, Hq, dv]`. Of the rows of each block alone, or with what the states that they meet give them.
+pub(in crate::attention) fn output(
+    level: Level,
+    [q, k, v]: [&Tensor<4>; 3],
+    met: Option<&Tensor<5>>,
+    blocks: &[Range<usize>],
+    problem: &Problem,
+) -> Tensor<4> {
+    let (inputs, met) = ([k, v].map(input), met.map(states_of));
+    let within = Some(inputs.each_ref().map(Rows::of));
+    let base = None;
+    let met = met.as_ref().map(Rows::of);
+    outputs(
+        level,
+        q,
+        Terms { base, met, within },
+        v.dims()[3],
+        blocks,
+        problem,
+    )
+}
+
+/// An output to which the states that the blocks meet are added.
+pub(in crate::attention) fn output_after(
+    level: Level,
+    q: &Tensor<4>,
+    within: &Tensor<4>,
+    met: &Tensor<5>,
+    blocks: &[Range<usize>],
+    problem: &Problem,
+) -> Tensor<4> {
+    let (base, met) = (input(within), states_of(met));
+    let terms = Terms {
+        base: Some(Rows::of(&base)),
+        met: Some(Rows::of(&met)),
+        within: None,
+    };
+    outputs(level, q, terms, within.dims()[3], blocks, problem)
+}
+
+fn outputs(
+    level: Level,
+    q: &Tensor<4>,
+    terms: Terms<'_>,
+    width: usize,
+    blocks: &[Range<usize>],
+    problem: &Problem,
+) -> Tensor<4> {
+    let [samples, length, heads, _] = q.dims();
+    let device = q.device();
+    let q = input(q);
+    let mut out = vec![0.0; samples * length * heads * width];
+    let powers = Powers::all(problem, blocks);
+    let forward = Forward {
+        q: Rows::of(&q),
+        terms,
+        powers: &powers,
+        problem,
+        out: RowsOut::new(&mut out, [samples, length, heads], width),
+        width,
+    };
+    let block = |scratch: &mut _, index: usize| {
+        // Heads before blocks: the rows of a position's heads lie side by side.
+        let (of_sample, head) = (index / heads, index % heads);
+        let block = of_sample % blocks.len();
+        level.run(Block {
+            forward: &forward,
+            sample: of_sample / blocks.len(),
+            head,
+            index: block,
+            rows: blocks[block].clone(),
+            scratch,
+        });
+    };
+    (0..samples * heads * blocks.len())
+        .into_par_iter()
+        .for_each_init(Scratch::default, block);
+    tensor(out, [samples, length, heads, width], &device)
+}
+
+/// What a thread needs for a block; kept from one to the next.
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    k_transposed: Vec<f32>,
+    v_panels: Vec<f32>,
+    state: Vec<f32>,
+    weights: Vec<f32>,
+    out: Vec<f32>,
+}
+
+/// One forward: what is read, and what is written.
+struct Forward<'a> {
+    q: Rows<'a>,
+    terms: Terms<'a>,
+    powers: &'a [Powers],
+    problem: &'a Problem,
+    out: RowsOut<'a>,
+    width: usize,
+}
+
+/// What is added up to the output.
+struct Terms<'a> {
+    /// What is there already.
+    base: Option<Rows<'a>>,
+    /// What the states give that the blocks meet.
+    met: Option<Rows<'a>>,
+    /// What the rows of a block give each other, by their keys and values.
+    within: Option<[Rows<'a>; 2]>,
+}
+
+/// A block of one query head.
+struct Block<'a> {
+    forward: &'a Forward<'a>,
+    sample: usize,
+    head: usize,
+    index: usize,
+    rows: Range<usize>,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Block<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            forward,
+            sample,
+            head,
+            index,
+            rows,
+            scratch,
+        } = self;
+        let Forward {
+            q,
+            terms,
+            problem,
+            out: to,
+            width: dv,
+            ..
+        } = forward;
+        let powers = &forward.powers[head];
+        let lanes = S::F32_LANES;
+        let (count, d, dv) = (rows.len(), q.width(), *dv);
+        let [q_row, out_row] = [d, dv].map(|width| width.next_multiple_of(lanes));
+        let Scratch {
+            q: packed_q,
+            k_transposed,
+            v_panels,
+            state,
+            weights,
+            out,
+        } = scratch;
+        pack::by_rows::<S>(packed_q, q.positions(sample, &rows, head), d, 1.0);
+        out.clear();
+        out.resize(count * out_row, 0.0);
+        if let Some(met) = &terms.met {
+            let of_block = index * d..(index + 1) * d;
+            pack::panels::<S>(state, met.positions(sample, &of_block, head), d, dv);
+            multiply(
+                simd,
+                [count, dv, d],
+                Left::rows(packed_q, q_row),
+                (state, d),
+                (out, out_row),
+                Store::Set,
+            );
+            for (row, out) in out.chunks_exact_mut(out_row).enumerate() {
+                let reached = powers.reached(row);
+                out.iter_mut().for_each(|x| *x *= reached);
+            }
+        }
+        if let Some([k, v]) = &terms.within {
+            let kv_head = problem.kv_head(head);
+            let of_k = k.positions(sample, &rows, kv_head);
+            pack::transposed_panels::<S>(k_transposed, of_k, count, d);
+            pack::panels::<S>(v_panels, v.positions(sample, &rows, kv_head), count, dv);
+            let score_row = padded(count);
+            weights.resize(STRIP * score_row, 0.0);
+            for first in (0..count).step_by(STRIP) {
+                let end = count.min(first + STRIP);
+                multiply(
+                    simd,
+                    [end - first, end, d],
+                    Left::rows(&packed_q[first * q_row..], q_row),
+                    (k_transposed, d),
+                    (weights, score_row),
+                    Store::Set,
+                );
+                for row in first..end {
+                    let begin = (row - first) * score_row;
+                    powers.weigh(row, &mut weights[begin..begin + end]);
+                }
+                multiply(
+                    simd,
+                    [end - first, dv, end],
+                    Left::rows(weights, score_row),
+                    (v_panels, count),
+                    (&mut out[first * out_row..], out_row),
+                    Store::Add,
+                );
+            }
+        }
+        for (position, out) in rows.zip(out.chunks_exact(out_row)) {
+            let at = [sample, position, head];
+            // SAFETY: this block alone has these rows of this head, and each is written once.
+            let to = unsafe { to.row(at) };
+            write(to, out, terms.base.as_ref().map(|base| base.row(at)));
+        }
+    }
+}
