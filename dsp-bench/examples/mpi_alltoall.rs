@@ -38,7 +38,14 @@ fn main() -> anyhow::Result<()> {
 fn compare(processes: &str) -> anyhow::Result<()> {
     let job = |which: &str| -> anyhow::Result<Vec<f64>> {
         let output = Command::new("mpirun")
-            .args(["-n", processes, "--oversubscribe", "--allow-run-as-root"])
+            .args([
+                "-n",
+                processes,
+                "--oversubscribe",
+                "--bind-to",
+                "none",
+                "--allow-run-as-root",
+            ])
             .arg(std::env::current_exe()?)
             .arg(which)
             .output()

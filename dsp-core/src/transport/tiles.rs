@@ -153,17 +153,18 @@ fn lay<E: Real>(
     extent.iter().product()
 }
 
-/// Copies a box of a tensor into a block of `shape` that is there already.
+/// Walks through a box of a tensor that lands in a block of `shape`: tells of each run, in the order of the block,
+/// what it is and where it lands.
 #[cfg(feature = "mpi")]
-pub(super) fn place<E: Real>(
+pub(super) fn each_run_of<E: Real>(
     term: Term<'_, E>,
     target: Region,
     shape: [usize; DIMS],
-    block: &mut [E],
+    mut tell: impl FnMut(&[E], Range<usize>),
 ) {
     let (mut offset, term) = ([term.offset], [term]);
     each_run(target, shape, &term, &mut offset, |offset, run| {
-        block[run.clone()].copy_from_slice(term[0].run(offset[0], run.len()));
+        tell(term[0].run(offset[0], run.len()), run);
     });
 }
 

@@ -1,5 +1,7 @@
 //! Boxes of a tensor on Flex, laid end to end for a message or where they belong in a block.
 
+use std::ops::Range;
+
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Element, Tensor, TensorData};
@@ -23,16 +25,17 @@ pub(super) fn pack(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
     }
 }
 
-/// Lays boxes of an f32 or f64 tensor into a block of `shape`, given as bytes, in which nothing is there yet.
-pub(super) fn lay(
+/// Walks through boxes of an f32 or f64 tensor that land in a block of `shape`: tells of each run its bytes, and which
+/// they are of the block's.
+pub(super) fn each_run(
     tensor: &Tensor<DIMS>,
     boxes: &[Transfer],
     shape: [usize; DIMS],
-    block: &mut [u8],
+    tell: impl FnMut(&[u8], Range<usize>),
 ) {
     match tensor.dtype() {
-        DType::F32 => lay_as::<f32>(tensor, boxes, shape, bytemuck::cast_slice_mut(block)),
-        DType::F64 => lay_as::<f64>(tensor, boxes, shape, bytemuck::cast_slice_mut(block)),
+        DType::F32 => each_run_as::<f32>(tensor, boxes, shape, tell),
+        DType::F64 => each_run_as::<f64>(tensor, boxes, shape, tell),
         dtype => unreachable!("a tensor of {dtype:?} is not laid in place"),
     }
 }
@@ -40,30 +43,34 @@ pub(super) fn lay(
 fn pack_as<E: Real + Element>(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
     let device = tensor.device();
     let count = boxes.iter().map(|b| b.source.elements()).sum();
-    let mut packed = vec![E::ZERO; count];
+    let mut packed = Vec::with_capacity(count);
     let tensor = on_flex(tensor);
-    let mut rest = &mut packed[..];
     for Transfer { source, .. } in boxes {
-        let (part, after) = rest.split_at_mut(source.elements());
         let whole = Region {
             start: [0; DIMS],
             extent: source.extent,
         };
-        tiles::place(Term::new(&tensor, source.start), whole, source.extent, part);
-        rest = after;
+        let term = Term::<E>::new(&tensor, source.start);
+        tiles::each_run_of(term, whole, source.extent, |run, _| {
+            packed.extend_from_slice(run);
+        });
     }
     Tensor::from_data(TensorData::new(packed, [count]), (&device, E::dtype()))
 }
 
-fn lay_as<E: Real>(
+fn each_run_as<E: Real + bytemuck::Pod>(
     tensor: &Tensor<DIMS>,
     boxes: &[Transfer],
     shape: [usize; DIMS],
-    block: &mut [E],
+    mut tell: impl FnMut(&[u8], Range<usize>),
 ) {
-    let tensor = on_flex(tensor);
+    let (tensor, width) = (on_flex(tensor), size_of::<E>());
     for Transfer { source, target } in boxes {
-        tiles::place(Term::new(&tensor, source.start), *target, shape, block);
+        let term = Term::<E>::new(&tensor, source.start);
+        tiles::each_run_of(term, *target, shape, |run, place| {
+            let place = place.start * width..place.end * width;
+            tell(bytemuck::cast_slice(run), place);
+        });
     }
 }
 

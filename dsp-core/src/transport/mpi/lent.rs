@@ -6,13 +6,13 @@
 
 #![expect(unsafe_code, reason = "memory is lent to MPI")]
 
-use std::any::Any;
-use std::mem::ManuallyDrop;
+use std::mem::{ManuallyDrop, MaybeUninit};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::Bytes;
-use ferrompi::{Communicator, Request, Scope};
+use ferrompi::{Communicator, CustomDatatype, PlainData, Request, Scope};
 
 /// Bytes that nobody changes: a tensor's own, or packed ones.
 pub(super) trait Steady: Send + Sync + 'static {
@@ -42,31 +42,49 @@ impl Outgoing {
     }
 }
 
-/// Room for what arrives: elements of 2, 4 or 8 bytes, aligned for them.
+/// A byte that may not have been written yet: room for what arrives need not be cleared before.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Room(#[allow(dead_code, reason = "MPI writes it")] MaybeUninit<u8>);
+
+// SAFETY: a byte that was written is one, and so is one that was not.
+unsafe impl PlainData for Room {}
+
+/// What MPI is told that [`Room`] is.
+///
+/// # Errors
+/// Those of MPI.
+pub(super) fn datatype_of_room() -> ferrompi::Result<CustomDatatype> {
+    CustomDatatype::contiguous::<u8>(1)
+}
+
+/// Room for what arrives: elements of 2, 4 or 8 bytes, aligned for them, which nobody has written before.
 pub(super) struct Landing {
     elements: Elements,
     start: *mut u8,
     bytes: usize,
+    /// How many of its parts have not been written whole.
+    missing: AtomicUsize,
 }
 
 enum Elements {
-    Two(Vec<u16>),
-    Four(Vec<u32>),
-    Eight(Vec<u64>),
+    Two(Vec<MaybeUninit<u16>>),
+    Four(Vec<MaybeUninit<u32>>),
+    Eight(Vec<MaybeUninit<u64>>),
 }
 
 // SAFETY: `start` points into `elements`, which goes where this value goes; nothing is bound to a thread.
 unsafe impl Send for Landing {}
-// SAFETY: through a shared reference nothing can be reached but the address and the length.
+// SAFETY: through a shared reference nothing can be reached but the address, the length and an atomic number.
 unsafe impl Sync for Landing {}
 
 impl Landing {
-    /// Zeros: `count` elements of `width` bytes.
+    /// Room for `count` elements of `width` bytes.
     pub(super) fn new(width: usize, count: usize) -> Self {
         let mut elements = match width {
-            2 => Elements::Two(vec![0; count]),
-            4 => Elements::Four(vec![0; count]),
-            8 => Elements::Eight(vec![0; count]),
+            2 => Elements::Two(Box::new_uninit_slice(count).into_vec()),
+            4 => Elements::Four(Box::new_uninit_slice(count).into_vec()),
+            8 => Elements::Eight(Box::new_uninit_slice(count).into_vec()),
             _ => unreachable!("floats have 2, 4 or 8 bytes"),
         };
         let start = match &mut elements {
@@ -78,28 +96,27 @@ impl Landing {
             elements,
             start,
             bytes: width * count,
+            missing: AtomicUsize::new(1),
         }
     }
 
-    /// All of it, before any of it is lent.
-    #[cfg(feature = "flex")]
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `start` and `bytes` are the vector's own, which is borrowed with `self`; any bits are bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
-    }
-
-    /// Lends out parts of it, which must not overlap.
+    /// Shares it out: `parts` to messages, and `own` to this rank itself.
     ///
     /// # Panics
-    /// If they do, or one reaches past the end.
-    pub(super) fn lend(self, parts: Vec<Range<usize>>) -> (Arc<Self>, Vec<Incoming>) {
-        let mut sorted: Vec<_> = parts.iter().filter(|part| !part.is_empty()).collect();
+    /// Unless every byte belongs to exactly one range.
+    pub(super) fn lend(
+        mut self,
+        parts: Vec<Range<usize>>,
+        own: Vec<Range<usize>>,
+    ) -> (Arc<Self>, Vec<Incoming>, Own) {
+        let mut sorted: Vec<_> = (parts.iter().chain(&own))
+            .filter(|part| !part.is_empty())
+            .collect();
         sorted.sort_unstable_by_key(|part| part.start);
-        assert!(
-            sorted.windows(2).all(|pair| pair[0].end <= pair[1].start)
-                && sorted.last().is_none_or(|last| last.end <= self.bytes),
-            "what arrives lands side by side"
-        );
+        let ends = [0].into_iter().chain(sorted.iter().map(|part| part.end));
+        let starts = sorted.iter().map(|part| part.start).chain([self.bytes]);
+        assert!(ends.eq(starts), "what arrives lands side by side");
+        self.missing = AtomicUsize::new(parts.len() + 1);
         let landing = Arc::new(self);
         let lent = (parts.into_iter())
             .map(|range| Incoming {
@@ -107,16 +124,35 @@ impl Landing {
                 range,
             })
             .collect();
-        (landing, lent)
+        let own = Own {
+            landing: landing.clone(),
+            ranges: own,
+        };
+        (landing, lent, own)
     }
 
-    /// What landed, when nothing is lent any more; none before.
+    /// What landed, when all of it has and nothing is lent any more; none before.
     pub(super) fn take(landing: Arc<Self>) -> Option<Bytes> {
-        Some(match Arc::try_unwrap(landing).ok()?.elements {
-            Elements::Two(vec) => Bytes::from_elems(vec),
-            Elements::Four(vec) => Bytes::from_elems(vec),
-            Elements::Eight(vec) => Bytes::from_elems(vec),
-        })
+        let landing = Arc::try_unwrap(landing).ok()?;
+        if landing.missing.load(Ordering::Acquire) > 0 {
+            return None;
+        }
+        /// # Safety
+        /// All elements have been written.
+        unsafe fn written<T>(vec: Vec<MaybeUninit<T>>) -> Vec<T> {
+            let mut vec = ManuallyDrop::new(vec);
+            // SAFETY: the vector's own parts, of a type of the same layout, whose elements have been written.
+            unsafe { Vec::from_raw_parts(vec.as_mut_ptr().cast(), vec.len(), vec.capacity()) }
+        }
+        // SAFETY: the parts are all the bytes (`lend`), and each has been written: by a message as long as itself
+        // (`Flight::test`), or by `Own::write`.
+        unsafe {
+            Some(match landing.elements {
+                Elements::Two(vec) => Bytes::from_elems(written(vec)),
+                Elements::Four(vec) => Bytes::from_elems(written(vec)),
+                Elements::Eight(vec) => Bytes::from_elems(written(vec)),
+            })
+        }
     }
 }
 
@@ -141,14 +177,52 @@ impl Incoming {
     }
 }
 
+/// The ranges of a landing that no message brings.
+pub(super) struct Own {
+    landing: Arc<Landing>,
+    ranges: Vec<Range<usize>>,
+}
+
+impl Own {
+    /// Writes them: `tell` is to give one piece for each range, in their order and of its length.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub(super) fn write(self, tell: impl FnOnce(&mut dyn FnMut(&[u8]))) {
+        let Self { landing, ranges } = self;
+        let mut ranges = ranges.into_iter();
+        tell(&mut |piece| {
+            let length = |range: &Range<usize>| range.len();
+            let range = ranges.next();
+            assert_eq!(
+                range.as_ref().map(length),
+                Some(piece.len()),
+                "a piece for each range"
+            );
+            let start = range.map_or(0, |range| range.start);
+            // SAFETY: the range lies in the landing's vector and belongs to nobody else (`lend`), and it is as
+            // long as the piece, which borrows memory of somebody else.
+            unsafe {
+                let target = landing.start.add(start);
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), target, piece.len());
+            }
+        });
+        assert_eq!(ranges.len(), 0, "a piece for each range");
+        landing.missing.fetch_sub(1, Ordering::Release);
+    }
+}
+
 /// A message under way, and the memory that it needs.
 pub(super) struct Flight<'s> {
     request: Request<'s>,
-    memory: ManuallyDrop<Arc<dyn Any + Send + Sync>>,
+    memory: ManuallyDrop<Memory>,
 }
 
-/// Keeps any owner alive.
-struct Kept<T: ?Sized>(#[allow(dead_code, reason = "it is only held")] Arc<T>);
+/// Memory that MPI reads or writes.
+enum Memory {
+    Sent(#[allow(dead_code, reason = "it is only held")] Arc<dyn Steady>),
+    Received(Incoming),
+}
 
 impl<'s> Flight<'s> {
     /// Starts to send.
@@ -167,35 +241,47 @@ impl<'s> Flight<'s> {
         let request = world.isend(scope, bytes, to, tag)?;
         Ok(Self {
             request,
-            memory: ManuallyDrop::new(Arc::new(Kept(owner))),
+            memory: ManuallyDrop::new(Memory::Sent(owner)),
         })
     }
 
-    /// Starts to receive.
+    /// Starts to receive. `room` is MPI's name of [`Room`].
     pub(super) fn receive(
         world: &Communicator,
         scope: &'s Scope<'s, '_>,
+        room: &'s CustomDatatype,
         incoming: Incoming,
         from: i32,
         tag: i32,
     ) -> ferrompi::Result<Self> {
-        let Incoming { landing, range } = incoming;
+        let Incoming { landing, range } = &incoming;
         debug_assert!(range.end <= 8 * landing.bytes.div_ceil(8));
         // SAFETY: the range lies within the landing's vector (checked by `lend`, or by construction), no
         // other part of it overlaps and nobody reads it before all parts have come back (`take`); the flight
         // keeps the landing until MPI has completed the request, or for ever.
-        let bytes: &'s mut [u8] =
-            unsafe { std::slice::from_raw_parts_mut(landing.start.add(range.start), range.len()) };
-        let request = world.irecv(scope, bytes, from, tag)?;
+        let bytes: &'s mut [Room] = unsafe {
+            std::slice::from_raw_parts_mut(landing.start.add(range.start).cast(), range.len())
+        };
+        let request = world.irecv_custom(scope, bytes, room, from, tag)?;
         Ok(Self {
             request,
-            memory: ManuallyDrop::new(landing),
+            memory: ManuallyDrop::new(Memory::Received(incoming)),
         })
     }
 
     /// Whether MPI is done with it.
     pub(super) fn test(&mut self) -> ferrompi::Result<bool> {
-        Ok(self.request.test()?.is_some())
+        let was_completed = self.request.is_completed();
+        let Some(status) = self.request.test()? else {
+            return Ok(false);
+        };
+        if let Memory::Received(Incoming { landing, range }) = &*self.memory
+            && !was_completed
+            && status.count == Some(range.len())
+        {
+            landing.missing.fetch_sub(1, Ordering::Release);
+        }
+        Ok(true)
     }
 }
 

@@ -164,9 +164,9 @@ fn communicate(
             size: world.size() as usize,
             cores: cores(&world)?,
         };
-        Ok((mpi, world, place))
+        Ok((mpi, world, lent::datatype_of_room()?, place))
     });
-    let (mpi, world, place) = match ready {
+    let (mpi, world, room, place) = match ready {
         Ok(ready) => ready,
         Err(error) => {
             let _ = started.send(Err(error));
@@ -176,9 +176,10 @@ fn communicate(
     let _ = started.send(Ok(place));
     // No request is left when the thread's work ends, so nothing can go wrong here.
     let _ = ferrompi::scope(|scope| {
-        Progress::new(&world, scope, commands, pulse).run();
+        Progress::new(&world, scope, &room, commands, pulse).run();
         Ok(())
     });
+    drop(room);
     drop(world);
     drop(mpi);
 }
@@ -336,10 +337,14 @@ impl Transport for MpiTransport {
             return Err(fate.clone());
         }
         (exchange.check_shape(&self.position, &call)).map_err(|error| job.fail(error))?;
-        let _span = tracing::info_span!("packing", call = %call).entered();
+        let (_span, begun) = (
+            tracing::info_span!("packing", call = %call).entered(),
+            Instant::now(),
+        );
         let Parcels {
             outgoing,
             incoming,
+            laying,
             unpacking,
         } = Parcels::pack(&exchange, rank);
         let bytes: usize = outgoing.iter().flatten().map(Outgoing::len).sum();
@@ -356,7 +361,11 @@ impl Transport for MpiTransport {
             incoming,
             arrived: arrived.clone(),
         })));
+        if let Some(laying) = laying {
+            laying.lay();
+        }
         Ok(Box::new(MpiPending {
+            packing: begun.elapsed(),
             job: job.clone(),
             arrived,
             key: (self.group, sequence),
@@ -376,6 +385,8 @@ impl Transport for MpiTransport {
 }
 
 struct MpiPending {
+    /// How long the rank moved data when it entered.
+    packing: Duration,
     job: Arc<Job>,
     /// A hint: what arrived is taken from the communication thread's answer.
     arrived: Arc<AtomicBool>,
@@ -408,7 +419,7 @@ impl Pending for MpiPending {
         Ok(Arrival {
             tensor,
             waited,
-            moved: start.elapsed().saturating_sub(waited),
+            moved: self.packing + start.elapsed().saturating_sub(waited),
             hidden,
         })
     }

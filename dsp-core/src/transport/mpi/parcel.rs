@@ -12,12 +12,13 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::boxes;
-use super::lent::{Incoming, Landing, Outgoing, Steady};
+use super::lent::{Incoming, Landing, Outgoing, Own, Steady};
 use super::wire::{Route, route};
 use crate::blocks::{Blocks, DIMS, Transfer};
 use crate::shape::reshape;
 use crate::transport::Exchange;
 use crate::transport::copy::{self, Crossing, Source};
+use crate::transport::tiles;
 
 /// A rank's part in an exchange, ready to travel.
 pub(super) struct Parcels {
@@ -25,8 +26,31 @@ pub(super) struct Parcels {
     pub(super) outgoing: Vec<Vec<Outgoing>>,
     /// Per member: room for its messages. Empty where it sends nothing.
     pub(super) incoming: Vec<Vec<Incoming>>,
+    /// What this rank lays into its block itself, if messages land there: while they are on their way.
+    pub(super) laying: Option<Laying>,
     /// What becomes of what arrives.
     pub(super) unpacking: Unpacking,
+}
+
+/// This rank's boxes for its own block.
+pub(super) struct Laying {
+    place: Own,
+    tensor: Tensor<DIMS>,
+    boxes: Vec<Transfer>,
+    shape: [usize; DIMS],
+}
+
+impl Laying {
+    /// Lays them where they belong.
+    pub(super) fn lay(self) {
+        let Self {
+            place,
+            tensor,
+            boxes,
+            shape,
+        } = self;
+        place.write(|put| boxes::each_run(&tensor, &boxes, shape, |bytes, _| put(bytes)));
+    }
 }
 
 /// How what arrives becomes this rank's block.
@@ -77,9 +101,17 @@ impl Parcels {
                 route(transfers, before.local_shape(peer), shape, dtype.size())
             })
             .collect();
-        let (incoming, from) = match landing_places(&arrivals, &routes, rank, dtype) {
-            Some(places) => land(&own, shape, &arrivals[rank], places),
-            None => stage(own, rank, arrivals, &routes),
+        let (incoming, laying, from) = match landing_places(shape, &arrivals, &routes, rank, dtype)
+        {
+            Some(places) => {
+                let own_boxes = arrivals.into_iter().nth(rank).unwrap_or_default();
+                let (incoming, laying, from) = land(own, shape, own_boxes, places);
+                (incoming, Some(laying), from)
+            }
+            None => {
+                let (incoming, from) = stage(own, rank, arrivals, &routes);
+                (incoming, None, from)
+            }
         };
         let unpacking = Unpacking {
             device,
@@ -90,6 +122,7 @@ impl Parcels {
         Self {
             outgoing,
             incoming,
+            laying,
             unpacking,
         }
     }
@@ -201,8 +234,10 @@ impl Steady for Memory {
     }
 }
 
-/// Per member, where its messages land in the block, if nothing has to be added or unpacked.
+/// Per member, where its messages land in the block of `shape`, if nothing has to be added or unpacked and all of it
+/// arrives.
 fn landing_places(
+    shape: [usize; DIMS],
     arrivals: &[Vec<Transfer>],
     routes: &[Route],
     rank: usize,
@@ -219,29 +254,33 @@ fn landing_places(
             false => route.landed(dtype.size()),
         })
         .collect::<Option<Vec<_>>>()?;
-    let boxes: Vec<_> = arrivals.iter().flatten().collect();
-    let disjoint = (boxes.iter().enumerate()).all(|(index, one)| {
-        (boxes[..index].iter()).all(|other| !one.target.overlaps(&other.target))
-    });
-    disjoint.then_some(places)
+    let targets = arrivals.iter().flatten().map(|transfer| transfer.target);
+    tiles::cover(shape, &targets.collect::<Vec<_>>()).then_some(places)
 }
 
-/// Room in the block itself, with this rank's own boxes already in it.
+/// Room in the block itself.
 fn land(
-    own: &Tensor<DIMS>,
+    tensor: Tensor<DIMS>,
     shape: [usize; DIMS],
-    own_boxes: &[Transfer],
+    boxes: Vec<Transfer>,
     places: Vec<Vec<Range<usize>>>,
-) -> (Vec<Vec<Incoming>>, Arrived) {
-    let mut landing = Landing::new(own.dtype().size(), shape.iter().product());
-    boxes::lay(own, own_boxes, shape, landing.bytes_mut());
+) -> (Vec<Vec<Incoming>>, Laying, Arrived) {
+    let landing = Landing::new(tensor.dtype().size(), shape.iter().product());
     let counts: Vec<_> = places.iter().map(Vec::len).collect();
-    let (landing, lent) = landing.lend(places.into_iter().flatten().collect());
+    let mut own = vec![];
+    boxes::each_run(&tensor, &boxes, shape, |_, place| own.push(place));
+    let (landing, lent, place) = landing.lend(places.into_iter().flatten().collect(), own);
     let mut lent = lent.into_iter();
     let incoming = (counts.into_iter())
         .map(|count| lent.by_ref().take(count).collect())
         .collect();
-    (incoming, Arrived::Landed(landing))
+    let laying = Laying {
+        place,
+        tensor,
+        boxes,
+        shape,
+    };
+    (incoming, laying, Arrived::Landed(landing))
 }
 
 /// Room for each member's boxes, end to end.
@@ -261,7 +300,9 @@ fn stage(
             continue;
         }
         let count = transfers.iter().map(|t| t.source.elements()).sum();
-        let (landing, lent) = Landing::new(width, count).lend(route.end_to_end(width));
+        let room = Landing::new(width, count);
+        let (landing, lent, nothing) = room.lend(route.end_to_end(width), vec![]);
+        nothing.write(|_| ());
         incoming.push(lent);
         members.push((Some(landing), transfers));
     }

@@ -22,7 +22,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use ferrompi::{Communicator, Scope, Source, Tag};
+use ferrompi::{Communicator, CustomDatatype, Scope, Source, Tag};
 
 use super::lent::{Flight, Incoming, Outgoing};
 use super::wire::{Announcement, CONTROL, DATA_TAGS, Envelope, Message};
@@ -166,6 +166,8 @@ enum Purpose {
 pub(super) struct Progress<'s, 'env> {
     world: &'s Communicator,
     scope: &'s Scope<'s, 'env>,
+    /// MPI's name of what is received.
+    room: &'s CustomDatatype,
     rank: usize,
     size: usize,
     commands: Receiver<Command>,
@@ -185,6 +187,7 @@ impl<'s, 'env> Progress<'s, 'env> {
     pub(super) fn new(
         world: &'s Communicator,
         scope: &'s Scope<'s, 'env>,
+        room: &'s CustomDatatype,
         commands: Receiver<Command>,
         pulse: Arc<AtomicU64>,
     ) -> Self {
@@ -192,6 +195,7 @@ impl<'s, 'env> Progress<'s, 'env> {
         Self {
             world,
             scope,
+            room,
             rank: world.rank() as usize,
             size,
             commands,
@@ -808,7 +812,8 @@ impl<'s, 'env> Progress<'s, 'env> {
         tag: i32,
         purpose: Purpose,
     ) -> ferrompi::Result<()> {
-        let flight = Flight::receive(self.world, self.scope, incoming, from as i32, tag)?;
+        let (world, scope, room) = (self.world, self.scope, self.room);
+        let flight = Flight::receive(world, scope, room, incoming, from as i32, tag)?;
         self.flights.push((flight, purpose));
         Ok(())
     }
