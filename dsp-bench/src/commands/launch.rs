@@ -21,7 +21,7 @@ pub(crate) struct LaunchArgs {
     /// How many seconds the ranks may go on after the first has failed, to find that out and to say so.
     #[arg(long, value_name = "SECONDS", default_value_t = 90.0)]
     grace: f64,
-    /// More words for mpirun, e.g. "--hostfile hosts --bind-to none".
+    /// More words for mpirun, e.g. "--hostfile hosts --bind-to socket".
     #[arg(
         long,
         value_name = "WORDS",

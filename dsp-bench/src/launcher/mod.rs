@@ -266,6 +266,9 @@ fn commands(
             // A rank that dies is ours to report: the others are to find out first, and to say so.
             command.env("OMPI_MCA_orte_abort_on_non_zero_status", "0");
             command.env("OMPI_MCA_orte_allowed_exit_without_sync", "1");
+            // Bound to a core each, as `mpirun` has it by default, ranks could use no other one, and each would share
+            // its own with its communication thread. `--bind-to` says otherwise.
+            command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
             command.envs(master.variables());
             let program = command.arg(&job.program);
             program.arg("rank").arg("--").args(arguments);
