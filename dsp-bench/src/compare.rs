@@ -5,6 +5,7 @@
 //! waited.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
@@ -213,6 +214,7 @@ impl Comparer {
             dtype: self.scenario.dtype.dtype(),
             passes: self.scenario.passes,
             reduce: self.scenario.reduce,
+            switch_parts: self.scenario.switch_parts,
             checked,
             decision: Mutex::new(decision),
         };
@@ -302,6 +304,7 @@ struct Steps {
     dtype: DType,
     passes: Passes,
     reduce: Reduce,
+    switch_parts: NonZeroUsize,
     /// Where rank 0 sends what the first run gave, and its seconds.
     checked: mpsc::Sender<(Outputs, f64)>,
     /// From where it gets the number of timed runs; none if the first differed from serial.
@@ -310,7 +313,8 @@ struct Steps {
 
 impl Steps {
     fn run(&self, group: Group) -> Result<RankRuns, SubjectError> {
-        let session = Session::new(self.strategy.clone(), group, self.subject.shape())?;
+        let session = Session::new(self.strategy.clone(), group, self.subject.shape())?
+            .switching_in(self.switch_parts);
         let pass = Pass {
             device: self.devices.of_rank(session.group().rank()),
             dtype: self.dtype,

@@ -4,6 +4,7 @@
 //! An unknown key, a missing one and a value that breaks a rule are errors that name the file, the
 //! key, the value and the rule.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use burn::tensor::DType;
@@ -53,6 +54,10 @@ pub struct Scenario {
     /// When the ranks sum the parameters' gradients.
     #[serde(default = "at_once")]
     pub reduce: Reduce,
+    /// In how many parts a switch of the residual stream goes after a sub-layer, one on its way while the next is
+    /// computed.
+    #[serde(default = "one")]
+    pub switch_parts: NonZeroUsize,
     /// The type of every float of the model and its input.
     pub dtype: Precision,
     /// Of weights and whatever else is random.
@@ -74,6 +79,10 @@ pub struct Scenario {
 
 fn at_once() -> Reduce {
     Reduce::AtOnce
+}
+
+fn one() -> NonZeroUsize {
+    NonZeroUsize::MIN
 }
 
 /// The models that there are, each with its own keys in the table `[model]`, which `kind` tells apart.

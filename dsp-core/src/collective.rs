@@ -144,39 +144,52 @@ pub fn relayout(x: Shard, to: &Layout, group: &Group) -> Result<Shard, Error> {
     }
     let [batch, .., channels] = x.tensor().dims();
     let (rank, ranks) = (x.rank(), group.size());
-    let is_whole = |layout: &Layout| SeqAxis::ALL.iter().all(|&axis| !layout.is_split(axis));
     let blocks = |layout: &Layout| Arc::new(layout.blocks(batch, channels, ranks));
-    let run = |x: Tensor<DIMS>, forward, backward| -> Result<Shard, Error> {
-        let y = exchange(x, blocks(&from), blocks(to), forward, backward, group)?;
-        Ok(Shard::new(y, to.clone(), rank)?)
-    };
-    let no_path = || LayoutError::NoPath {
-        from: Box::new(from.clone()),
-        to: Box::new(to.clone()),
-    };
-    match (from.value(), to.value()) {
-        (Value::Complete, Value::Complete) if is_whole(&from) => {
-            Ok(Shard::split(x.into_tensor(), to, rank)?)
-        }
-        (Value::Complete, Value::Complete) if from.replicas(ranks) != 1 => Err(no_path().into()),
-        (Value::Complete, Value::Complete) if is_whole(to) => run(
-            x.into_tensor(),
-            Collective::AllGather,
-            Collective::ReduceScatter,
-        ),
-        (Value::Complete, Value::Complete) => {
-            run(x.into_tensor(), Collective::AllToAll, Collective::AllToAll)
-        }
-        (Value::Partial, Value::Complete) if is_whole(&from) && is_whole(to) => {
+    let kinds = match Path::between(&from, to, ranks)? {
+        Path::Cut => return Ok(Shard::split(x.into_tensor(), to, rank)?),
+        Path::AllReduce => {
             let y = all_reduce(x.into_tensor(), group)?;
-            Ok(Shard::new(y, to.clone(), rank)?)
+            return Ok(Shard::new(y, to.clone(), rank)?);
         }
-        (Value::Partial, Value::Complete) if is_whole(&from) => run(
-            x.into_tensor(),
-            Collective::ReduceScatter,
-            Collective::AllGather,
-        ),
-        _ => Err(no_path().into()),
+        Path::AllGather => (Collective::AllGather, Collective::ReduceScatter),
+        Path::AllToAll => (Collective::AllToAll, Collective::AllToAll),
+        Path::ReduceScatter => (Collective::ReduceScatter, Collective::AllGather),
+    };
+    let (before, after) = (blocks(&from), blocks(to));
+    let y = exchange(x.into_tensor(), before, after, kinds.0, kinds.1, group)?;
+    Ok(Shard::new(y, to.clone(), rank)?)
+}
+
+/// What leads from one layout of a tensor to another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// Each rank keeps its part.
+    Cut,
+    AllGather,
+    AllToAll,
+    ReduceScatter,
+    AllReduce,
+}
+
+impl Path {
+    /// The one collective that leads there, from a layout that is another one.
+    pub(crate) fn between(from: &Layout, to: &Layout, ranks: usize) -> Result<Self, LayoutError> {
+        let is_whole = |layout: &Layout| SeqAxis::ALL.iter().all(|&axis| !layout.is_split(axis));
+        let no_path = || LayoutError::NoPath {
+            from: Box::new(from.clone()),
+            to: Box::new(to.clone()),
+        };
+        Ok(match (from.value(), to.value()) {
+            (Value::Complete, Value::Complete) if is_whole(from) => Self::Cut,
+            (Value::Complete, Value::Complete) if from.replicas(ranks) != 1 => {
+                return Err(no_path());
+            }
+            (Value::Complete, Value::Complete) if is_whole(to) => Self::AllGather,
+            (Value::Complete, Value::Complete) => Self::AllToAll,
+            (Value::Partial, Value::Complete) if is_whole(from) && is_whole(to) => Self::AllReduce,
+            (Value::Partial, Value::Complete) if is_whole(from) => Self::ReduceScatter,
+            _ => return Err(no_path()),
+        })
     }
 }
 

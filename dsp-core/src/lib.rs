@@ -17,6 +17,7 @@
 //! | [`fused`] | element-wise chains in one pass: norms, gates, activations, rotary embedding |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
+//! | [`ending`] | a sub-layer's end and the switch after it, part by part, one on its way while the next is computed |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
 //! | [`share()`](share::share) | values of any type, from every rank to every rank |
 //! | [`random`] | random bits that every rank draws alike |
@@ -29,6 +30,7 @@ pub mod attention;
 pub mod blocks;
 pub mod collective;
 pub mod cost;
+pub mod ending;
 pub mod error;
 pub mod fused;
 pub mod gradients;
@@ -53,6 +55,7 @@ pub mod transport;
 pub mod vjp;
 
 pub use attention::{Heads, Mask};
+pub use ending::Ending;
 pub use error::{CommError, Error};
 pub use group::Group;
 pub use launch::{Engine, Launch, LaunchError, launch};

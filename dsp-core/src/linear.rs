@@ -44,9 +44,8 @@ pub fn affine<const D: usize>(
     weight: Tensor<2>,
     bias: Option<Tensor<1>>,
 ) -> Tensor<D> {
-    let (x_dims, weight_dims) = (x.dims(), weight.dims());
+    let x_dims = x.dims();
     let (device, dtype) = (x.device(), x.dtype());
-    let rows = rows_of(&x_dims);
     let (inner_x, inner_w) = (x.clone().inner(), weight.clone().inner());
     let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
 
@@ -68,17 +67,12 @@ pub fn affine<const D: usize>(
             true => times(gradient.clone(), inner_w.clone().transpose()),
             false => Tensor::zeros(x_dims, options),
         };
-        let [inputs, outputs] = weight_dims;
-        let gradient: Tensor<2> = reshape(gradient, [rows, outputs]);
-        let db = match has_bias && rows * outputs > 0 {
-            true => reshape(gradient.clone().sum_dim(0), bias_dims),
+        let db = match has_bias {
+            true => leading_ones(sum_of_rows(gradient.clone())),
             false => Tensor::zeros(bias_dims, options),
         };
-        let dw = match weight_tracked && rows * inputs * outputs > 0 {
-            true => {
-                let x: Tensor<2> = reshape(inner_x.clone(), [rows, inputs]);
-                reshape(matmul(x.transpose(), gradient), unsqueezed)
-            }
+        let dw = match weight_tracked {
+            true => leading_ones(weight_gradient(inner_x.clone(), gradient)),
             false => Tensor::zeros(unsqueezed, options),
         };
         Ok::<_, Infallible>([dx, dw, db])
@@ -105,8 +99,36 @@ pub fn times<const D: usize>(x: Tensor<D>, matrix: Tensor<2>) -> Tensor<D> {
     reshape(product, dims)
 }
 
+/// `dW = xᵀ·g` of `y = x·W`, over all positions of untracked tensors; zeros where there are none.
+///
+/// # Shapes
+/// - `x`: `[…, in]`; `gradient`: `[…, out]`
+/// - returns: `[in, out]`
+pub(crate) fn weight_gradient<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<2> {
+    let rows = rows_of(&x.dims());
+    let (inputs, outputs) = (x.dims()[D - 1], gradient.dims()[D - 1]);
+    if rows * inputs * outputs == 0 {
+        return Tensor::zeros([inputs, outputs], (&x.device(), x.dtype()));
+    }
+    let x: Tensor<2> = reshape(x, [rows, inputs]);
+    matmul(x.transpose(), reshape(gradient, [rows, outputs]))
+}
+
+/// The sum over all positions of an untracked tensor; zeros where there are none.
+///
+/// # Shapes
+/// - `x`: `[…, C]`; returns `[C]`
+pub(crate) fn sum_of_rows<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    let (rows, width) = (rows_of(&x.dims()), x.dims()[D - 1]);
+    if rows * width == 0 {
+        return Tensor::zeros([width], (&x.device(), x.dtype()));
+    }
+    let x: Tensor<2> = reshape(x, [rows, width]);
+    reshape(x.sum_dim(0), [width])
+}
+
 /// The tensor with dims of 1 before its own. (Burn's own takes an empty dim for one that it shall keep.)
-fn leading_ones<const FROM: usize, const TO: usize>(x: Tensor<FROM>) -> Tensor<TO> {
+pub(crate) fn leading_ones<const FROM: usize, const TO: usize>(x: Tensor<FROM>) -> Tensor<TO> {
     let mut dims = [1; TO];
     dims[TO - FROM..].copy_from_slice(&x.dims());
     reshape(x, dims)

@@ -4,6 +4,7 @@
 //! never a wrong number; each verb is a span of the trace.
 
 use std::collections::BTreeSet;
+use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, Param};
@@ -14,14 +15,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
-use crate::collective::{all_reduce_in, relayout};
+use crate::collective::{Path, all_reduce_in, relayout};
 use crate::cost::{self, Elements};
+use crate::ending::{self, Ending};
 use crate::error::{CommError, Error};
+use crate::fused::gated_sum;
 use crate::gradients;
 use crate::group::Group;
 use crate::layout::{Layout, LayoutError, Shard, Value};
 use crate::ledger::Phase;
-use crate::linear::project_without_bias;
+use crate::linear::{affine, project_without_bias};
 use crate::place::{self, Placed};
 use crate::strategy::{
     AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Role, Scope,
@@ -98,6 +101,8 @@ pub struct Session {
     /// The stages of which a parameter was placed with the role of rows.
     sharded: Arc<Mutex<BTreeSet<usize>>>,
     watch: Watch,
+    /// In how many parts a switch goes that follows a sub-layer's end.
+    switch_parts: NonZeroUsize,
 }
 
 /// What a session looks at, beside the layouts.
@@ -132,6 +137,7 @@ impl Session {
             plan: Arc::new(plan),
             sharded: Arc::default(),
             watch: Watch::Nothing,
+            switch_parts: NonZeroUsize::MIN,
         })
     }
 
@@ -139,6 +145,20 @@ impl Session {
     #[must_use]
     pub fn watching(self, watch: Watch) -> Self {
         Self { watch, ..self }
+    }
+
+    /// The same session, in which an all-to-all of the residual stream that follows a sub-layer's end
+    /// ([`StageRun::end`]) goes in this many parts of the channels, each on its way while the next is computed: see
+    /// [`crate::ending`]. In one part, as it is by default, it goes as a whole and nothing is computed meanwhile. A
+    /// session that [watches](Self::watching) looks at what is sent first, and sends it as a whole.
+    ///
+    /// All ranks must say the same. It pays where the network is slower than memory.
+    #[must_use]
+    pub fn switching_in(self, switch_parts: NonZeroUsize) -> Self {
+        Self {
+            switch_parts,
+            ..self
+        }
     }
 
     /// The same session, one of several that train one model on different data: `replicas` are the ranks that
@@ -683,5 +703,47 @@ impl<'a> StageRun<'a> {
     pub fn project(&self, x: Shard, projection: &Linear) -> Result<Shard, Error> {
         let x = x.map(|x| project_without_bias(x, projection))?;
         self.leave(x, projection.bias.as_ref().map(Param::val))
+    }
+
+    /// Ends a sub-layer: `x + gate·(h·W + b)`, the bias added once, after any reduction. `x` is the residual stream
+    /// as [`arrange`](Self::arrange) gave it, `h` what the sub-layer's last projection takes.
+    ///
+    /// # Shapes
+    /// - `x`: `[B, …, C]`; `h`: `[B, …, in]` laid out as [`StagePlan::inner`](crate::strategy::StagePlan)
+    /// - returns: `[B, …, C]`, where this stage has the residual stream, or already where the next one does if the
+    ///   session [switches in parts](Session::switching_in)
+    ///
+    /// # Errors
+    /// As [`leave`](Self::leave).
+    pub fn end(&self, x: Shard, h: Shard, ending: Ending) -> Result<Shard, Error> {
+        let scope = self.scope();
+        if let Some(to) = self.switch_in_parts() {
+            let _span = tracing::info_span!("end", stage = %scope.stage.name).entered();
+            let x = Self::expect("end", &scope.plan.residual, x)?;
+            let h = Self::expect("end", &scope.plan.inner, h)?;
+            return ending::switched(x, h, ending, to, self.session.switch_parts, scope.group);
+        }
+        let Ending { weight, bias, gate } = ending;
+        let h = h.map(|h| affine(h, weight, None))?;
+        let h = self.leave(h, bias)?;
+        match gate {
+            Some(gate) => Ok(x.map(|x| gated_sum(x, gate, h.into_tensor()))?),
+            None => Ok(x.plus(h)?),
+        }
+    }
+
+    /// Where the residual stream goes next, if it goes there in parts: by an all-to-all, from a stage whose activations
+    /// are complete where the residual stream is.
+    fn switch_in_parts(&self) -> Option<&'a Layout> {
+        let Session {
+            plan, switch_parts, ..
+        } = self.session;
+        let stage = &plan.stages[self.index];
+        let next = plan.stages.get(self.index + 1);
+        let to = next.map_or(&plan.output, |next| &next.residual);
+        let in_place = stage.value == Value::Complete && stage.inner == stage.residual;
+        let path = || Path::between(&stage.residual, to, self.session.group.size());
+        let wanted = switch_parts.get() > 1 && self.session.watch == Watch::Nothing;
+        (wanted && in_place && stage.residual != *to && path() == Ok(Path::AllToAll)).then_some(to)
     }
 }

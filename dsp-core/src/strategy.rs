@@ -702,7 +702,8 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
     }
 
     /// Brings the sub-layer's output back into the residual stream's layout, and adds its bias: once, after
-    /// any reduction.
+    /// any reduction. Where the plan has complete values in the residual stream's own layout, it may do nothing else: a
+    /// session that [switches in parts](crate::Session::switching_in) does that itself.
     ///
     /// # Errors
     /// [`Error`] if the ranks fail or the layouts do not fit.

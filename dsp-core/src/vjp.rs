@@ -129,6 +129,34 @@ where
     }
 }
 
+/// Attaches `output`, computed from five inputs outside the graph, to the graphs of the inputs: see [`attach3`].
+///
+/// # Shapes
+/// - `backward`: the gradient of `output`, in its shape, to the inputs' gradients, in their shapes
+/// - returns: `output`, tracked if any input is; else a constant on the device of the inputs
+///
+/// # Panics
+/// As [`attach1`].
+pub fn attach5<const I: usize, const O: usize, E>(
+    inputs: [Tensor<I>; 5],
+    output: Tensor<O>,
+    backward: impl Fn(Tensor<O>) -> Result<[Tensor<I>; 5], E> + Send + Sync + 'static,
+) -> Tensor<O>
+where
+    E: Send + 'static,
+{
+    match joined(&inputs, output, backward) {
+        Joined::Constant(output) => output,
+        Joined::Tracked(output, pullback) => {
+            let inputs = inputs.map(Tensor::into_dispatch);
+            let [a, b, c, d, e] = inputs;
+            let output = output.into_dispatch();
+            let output = <Dispatch as Attach>::attach5(a, b, c, d, e, output, pullback);
+            Tensor::from_dispatch(output)
+        }
+    }
+}
+
 /// An output, outside of any graph, and how it is to be joined to those of its inputs.
 enum Joined<const N: usize, const O: usize> {
     /// Not at all: no input is tracked.
@@ -256,6 +284,19 @@ trait Attach: Backend {
         let _ = (a, b, c, pullback);
         output
     }
+
+    fn attach5(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        pullback: Pullback<5>,
+    ) -> FloatTensor<Self> {
+        let _ = (a, b, c, d, e, pullback);
+        output
+    }
 }
 
 #[cfg(feature = "flex")]
@@ -295,6 +336,18 @@ where
         pullback: Pullback<3>,
     ) -> FloatTensor<Self> {
         register::<B, C, 3>([a, b, c], output, pullback)
+    }
+
+    fn attach5(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        c: FloatTensor<Self>,
+        d: FloatTensor<Self>,
+        e: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        pullback: Pullback<5>,
+    ) -> FloatTensor<Self> {
+        register::<B, C, 5>([a, b, c, d, e], output, pullback)
     }
 }
 

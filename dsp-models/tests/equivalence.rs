@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device};
@@ -42,6 +43,7 @@ struct Tiny {
     pred_sigma: bool,
     output: OutputLayout,
     loss: LossFrom,
+    switch_parts: NonZeroUsize,
     seed: u64,
 }
 
@@ -68,13 +70,21 @@ fn tiny() -> impl Strategy<Value = Tiny> {
             };
             let output = prop_oneof![Just(OutputLayout::Free), Just(OutputLayout::AsInput)];
             let loss = prop_oneof![Just(LossFrom::Shard), Just(LossFrom::Whole)];
+            let parts = (1..=3_usize).prop_map(|parts| NonZeroUsize::new(parts).unwrap());
             (
                 booleans(tokens + 1),
                 prop::option::of(booleans(frames.div_ceil(patch[0]))),
-                (any::<bool>(), any::<bool>(), output, loss, 0..1000_u64),
+                (
+                    any::<bool>(),
+                    any::<bool>(),
+                    output,
+                    loss,
+                    parts,
+                    0..1000_u64,
+                ),
             )
                 .prop_map(move |(text, given, rest)| {
-                    let (qk_norm, pred_sigma, output, loss, seed) = rest;
+                    let (qk_norm, pred_sigma, output, loss, switch_parts, seed) = rest;
                     Tiny {
                         ranks,
                         size: [frames, height, width],
@@ -89,6 +99,7 @@ fn tiny() -> impl Strategy<Value = Tiny> {
                         pred_sigma,
                         output,
                         loss,
+                        switch_parts,
                         seed,
                     }
                 })
@@ -131,6 +142,7 @@ impl Tiny {
             dtype: DType::F64,
             output: self.output,
             loss: self.loss,
+            switch_parts: self.switch_parts,
         })
     }
 }
@@ -226,6 +238,7 @@ fn small(ranks: usize) -> Tiny {
         pred_sigma: true,
         output: OutputLayout::Free,
         loss: LossFrom::Shard,
+        switch_parts: NonZeroUsize::MIN,
         seed: 1,
     }
 }

@@ -9,6 +9,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device};
@@ -99,6 +100,7 @@ fn model(fixture: &Fixture, dtype: DType) -> ModelCase {
         dtype,
         output: OutputLayout::Free,
         loss: LossFrom::Shard,
+        switch_parts: NonZeroUsize::MIN,
     }
 }
 

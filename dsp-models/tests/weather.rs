@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,6 +42,7 @@ struct Tiny {
     qk_norm: bool,
     output: OutputLayout,
     end: End,
+    switch_parts: NonZeroUsize,
     seed: u64,
 }
 
@@ -65,9 +67,10 @@ fn tiny() -> impl Strategy<Value = Tiny> {
             Just(End::Cotangent(LossFrom::Shard)),
             Just(End::Cotangent(LossFrom::Whole)),
         ],
+        (1..=3_usize).prop_map(|parts| NonZeroUsize::new(parts).unwrap()),
         0..1000_u64,
     );
-    (sizes, model, run).prop_map(|(sizes, model, (output, end, seed))| {
+    (sizes, model, run).prop_map(|(sizes, model, (output, end, switch_parts, seed))| {
         let (ranks, size, batch, variables) = sizes;
         let (heads, head_dim, depth, qk_norm, time_mask) = model;
         Tiny {
@@ -82,6 +85,7 @@ fn tiny() -> impl Strategy<Value = Tiny> {
             qk_norm,
             output,
             end,
+            switch_parts,
             seed,
         }
     })
@@ -128,6 +132,7 @@ impl Tiny {
             grid: self.grid(),
             end: self.end,
             output: self.output,
+            switch_parts: self.switch_parts,
             config,
         })
     }
@@ -222,6 +227,7 @@ fn small(ranks: usize) -> Tiny {
         qk_norm: true,
         output: OutputLayout::Free,
         end: End::Forecast,
+        switch_parts: NonZeroUsize::MIN,
         seed: 1,
     }
 }

@@ -340,6 +340,7 @@ fn model(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
         output: OutputLayout::AsInput,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     }
 }
 

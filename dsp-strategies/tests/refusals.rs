@@ -21,6 +21,7 @@ fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
         output: OutputLayout::AsInput,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     }
 }
 

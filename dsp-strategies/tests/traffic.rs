@@ -35,6 +35,7 @@ fn pairs(count: usize, output: OutputLayout, lengths: [usize; 2]) -> Case {
         output,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     }
 }
 
@@ -128,6 +129,7 @@ proptest! {
             output: OutputLayout::AsInput,
             dropout: None,
             checkpointing: Checkpointing::Off,
+            switch_parts: None,
         };
         let sequence = Partition::balanced(length, ranks);
         let heads = Partition::balanced(query, ranks);
@@ -314,6 +316,7 @@ fn one_attention(length: usize, heads: (usize, usize)) -> Case {
         output: OutputLayout::AsInput,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     }
 }
 
@@ -331,6 +334,7 @@ fn on_three_axes_attended_in_a_cycle_dsp_switches_on_every_second_layer() {
             output: OutputLayout::AsInput,
             dropout: None,
             checkpointing: Checkpointing::Off,
+            switch_parts: None,
         };
         let each = case.elements() / 4;
         let expected = 3 * layers as u64 / 2;
@@ -353,6 +357,7 @@ fn dsp_splits_the_longer_axis_where_the_choice_is_free() {
         output: OutputLayout::Free,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     };
     let plan = Dsp.plan(&case.shape(), 4).unwrap();
     assert!(
@@ -483,6 +488,7 @@ fn dsp_counts_the_way_back_to_the_inputs_layout_when_it_chooses_the_first_split(
         output: OutputLayout::AsInput,
         dropout: None,
         checkpointing: Checkpointing::Off,
+        switch_parts: None,
     };
     check_cheapest(&case, 3).unwrap();
     let plan = Dsp.plan(&case.shape(), 3).unwrap();

@@ -1,5 +1,6 @@
 //! `dsp compare`: strategies head to head, as tables, a report and a trace.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -46,6 +47,9 @@ pub(crate) struct CompareArgs {
     /// Sum the parameters' gradients while the backward pass runs, bucket by bucket, instead of after it.
     #[arg(long)]
     overlap: bool,
+    /// Send a switch that follows a sub-layer in this many parts, each on its way while the next is computed.
+    #[arg(long, value_name = "N")]
+    switch_parts: Option<NonZeroUsize>,
     /// Write all that was found as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -74,6 +78,7 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
     scenario.threads_per_rank = args.threads.or(scenario.threads_per_rank);
     scenario.passes = args.passes.unwrap_or(scenario.passes);
+    scenario.switch_parts = args.switch_parts.unwrap_or(scenario.switch_parts);
     if args.overlap {
         scenario.reduce = Reduce::Overlapped;
     }
@@ -92,7 +97,8 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
     let progress = Progress::new(comparer.cases().len() as u64);
     let comparison = comparer.run(&progress, &TracedMemory { trace: &trace })?;
     progress.finish();
-    let trace = trace.finish()?;
+    // What was measured is shown, whatever becomes of the trace.
+    let trace = trace.finish();
 
     println!("{}", table::render(&comparison));
     if engine.sent_bytes().is_some() {
@@ -103,12 +109,16 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
         println!("json:   {}", shown(path));
     }
-    let page = report::render(&comparison, Some(&trace.display().to_string()))?;
+    let shown_trace = (trace.as_ref().ok()).map(|path| path.display().to_string());
+    let page = report::render(&comparison, shown_trace.as_deref())?;
     std::fs::write(&args.report, page)
         .with_context(|| format!("cannot write {}", args.report.display()))?;
-    println!("trace:  {} (open it at ui.perfetto.dev)", shown(&trace));
+    if let Ok(trace) = &trace {
+        println!("trace:  {} (open it at ui.perfetto.dev)", shown(trace));
+    }
     println!("report: {}", shown(&args.report));
     println!("{}", comparison.finding());
+    trace?;
     Ok(match comparison.all_well() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,

@@ -3,6 +3,7 @@
 //! `runs/*.toml` are compiled in, one a model. A run writes the whole of its configuration beside its results, and
 //! goes on from there.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use dsp_core::session::Watch;
@@ -41,6 +42,10 @@ pub struct RunConfig {
     /// NaN or an infinity.
     #[serde(default)]
     pub watch: Watch,
+    /// In how many parts a switch of the residual stream goes after a sub-layer, one on its way while the next is
+    /// computed.
+    #[serde(default = "one")]
+    pub switch_parts: NonZeroUsize,
     /// Steps between two evaluations of the held-out samples; there is one at the end in any case.
     pub evaluate_every: u64,
     /// Steps between two checkpoints; there is one at the end in any case.
@@ -55,6 +60,10 @@ pub struct RunConfig {
     pub training: TrainingConfig,
     /// The model and its data. (Tables stand after values.)
     pub model: ModelSizes,
+}
+
+fn one() -> NonZeroUsize {
+    NonZeroUsize::MIN
 }
 
 /// Why a run cannot begin.

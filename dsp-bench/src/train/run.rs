@@ -467,7 +467,8 @@ impl<T: Task> Shared<T> {
                 task.shape(largest_part(config)),
             )?
             .with_replicas(replicas)
-            .watching(config.watch),
+            .watching(config.watch)
+            .switching_in(config.switch_parts),
             others: RefCell::default(),
         };
         let session = &sessions.first;

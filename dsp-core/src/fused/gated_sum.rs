@@ -20,19 +20,21 @@ use crate::vjp::attach3;
 /// # Panics
 /// If the shapes do not fit.
 pub fn gated_sum<const D: usize>(x: Tensor<D>, gate: Tensor<D>, h: Tensor<D>) -> Tensor<D> {
-    assert_eq!(x.dims(), h.dims(), "a gated sum's two terms");
-    let groups = groups("a gated sum's gate", x.dims(), gate.dims());
     let [inner_gate, inner_h] = [&gate, &h].map(|tensor| tensor.clone().inner());
     let inputs = [x.clone().inner(), inner_gate.clone(), inner_h.clone()];
-    let y = forward(inputs, groups);
+    let y = forward(inputs);
     attach3([x, gate, h], y, move |gradient: Tensor<D>| {
         let inputs = [inner_gate.clone(), inner_h.clone(), gradient.clone()];
-        let [dgate, dh] = backward(inputs, groups);
+        let [dgate, dh] = backward(inputs);
         Ok::<_, Infallible>([gradient, dgate, dh])
     })
 }
 
-fn forward<const D: usize>(inputs: [Tensor<D>; 3], groups: Option<usize>) -> Tensor<D> {
+/// `x + gate·h` of `[x, gate, h]`, untracked.
+pub(crate) fn forward<const D: usize>(inputs: [Tensor<D>; 3]) -> Tensor<D> {
+    let [x, gate, h] = inputs.each_ref().map(Tensor::dims);
+    assert_eq!(x, h, "a gated sum's two terms");
+    let groups = groups("a gated sum's gate", x, gate);
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {
         use super::rows::Native;
@@ -44,12 +46,13 @@ fn forward<const D: usize>(inputs: [Tensor<D>; 3], groups: Option<usize>) -> Ten
     portable_forward(inputs)
 }
 
-/// From the gate, `h` and the gradient.
-fn backward<const D: usize>(inputs: [Tensor<D>; 3], groups: Option<usize>) -> [Tensor<D>; 2] {
+/// `dgate` and `dh`, from the gate, `h` and the gradient.
+pub(crate) fn backward<const D: usize>(inputs: [Tensor<D>; 3]) -> [Tensor<D>; 2] {
     let dtype = inputs[0].dtype();
+    let groups = groups("a gated sum's gate", inputs[1].dims(), inputs[0].dims());
     if is_half(dtype) {
         let inputs = inputs.map(|input| input.cast(DType::F32));
-        return backward(inputs, groups).map(|gradient| gradient.cast(dtype));
+        return backward(inputs).map(|gradient| gradient.cast(dtype));
     }
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {

@@ -10,7 +10,7 @@
 //! rank's pool share. Sums over positions are taken block by block in an order that does not depend on the threads.
 //! What sums, of half-precision tensors, sums in f32 and is rounded once.
 
-mod gated_sum;
+pub(crate) mod gated_sum;
 mod gelu;
 mod layer_norm;
 mod parts;
@@ -30,6 +30,7 @@ pub use gated_sum::gated_sum;
 pub use gelu::gelu_tanh;
 pub use layer_norm::layer_norm;
 pub use parts::parts;
+pub(crate) use parts::{channels, side_by_side};
 pub use rms_norm::rms_norm;
 pub use rotary::{Angles, Pairs, rotary};
 pub use swiglu::swiglu;

@@ -30,15 +30,15 @@ use crate::vjp::attach1;
 /// If `N` does not divide the channels.
 pub fn parts<const N: usize, const D: usize>(x: Tensor<D>) -> [Tensor<D>; N] {
     let (dims, dtype) = (x.dims(), x.dtype());
-    let channels = dims[D - 1];
+    let count = dims[D - 1];
     assert!(
-        channels.is_multiple_of(N),
-        "{channels} channels do not fall into {N} equal parts"
+        count.is_multiple_of(N),
+        "{count} channels do not fall into {N} equal parts"
     );
-    let width = channels / N;
+    let width = count / N;
     let range = move |part: usize| part * width..(part + 1) * width;
     let inner = x.clone().inner();
-    let views = std::array::from_fn(|part| view(inner.clone(), range(part)));
+    let views = std::array::from_fn(|part| channels(inner.clone(), range(part)));
     if !x.is_tracked() {
         return views.map(|view| crate::vjp::constant_like(view, &x));
     }
@@ -54,7 +54,7 @@ pub fn parts<const N: usize, const D: usize>(x: Tensor<D>) -> [Tensor<D>; N] {
             let absent = || Tensor::zeros(part, (&gradient.device(), dtype));
             parts[index].take().unwrap_or_else(absent)
         });
-        Ok::<_, Infallible>(side_by_side(parts))
+        Ok::<_, Infallible>(side_by_side(parts.into()))
     });
     let mut index = 0;
     views.map(|view| {
@@ -69,7 +69,7 @@ pub fn parts<const N: usize, const D: usize>(x: Tensor<D>) -> [Tensor<D>; N] {
 }
 
 /// A range of the channels of an untracked tensor.
-fn view<const D: usize>(x: Tensor<D>, range: Range<usize>) -> Tensor<D> {
+pub(crate) fn channels<const D: usize>(x: Tensor<D>, range: Range<usize>) -> Tensor<D> {
     let mut dims = x.dims();
     dims[D - 1] = range.len();
     match dims.contains(&0) {
@@ -78,25 +78,29 @@ fn view<const D: usize>(x: Tensor<D>, range: Range<usize>) -> Tensor<D> {
     }
 }
 
-fn side_by_side<const N: usize, const D: usize>(parts: [Tensor<D>; N]) -> Tensor<D> {
+/// Untracked tensors side by side, one after the other along the channels.
+///
+/// # Shapes
+/// - `parts`: `[…, c]` each, of the same type on the same device, at least one; returns `[…, Σ c]`
+pub(crate) fn side_by_side<const D: usize>(parts: Vec<Tensor<D>>) -> Tensor<D> {
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&parts[0]) {
         use super::rows::Native;
         return match native {
-            Native::F32 => flex::side_by_side::<f32, N, D>(parts),
-            Native::F64 => flex::side_by_side::<f64, N, D>(parts),
+            Native::F32 => flex::side_by_side::<f32, D>(parts),
+            Native::F64 => flex::side_by_side::<f64, D>(parts),
         };
     }
     portable(parts)
 }
 
-pub(super) fn portable<const N: usize, const D: usize>(parts: [Tensor<D>; N]) -> Tensor<D> {
+pub(super) fn portable<const D: usize>(parts: Vec<Tensor<D>>) -> Tensor<D> {
     let mut dims = parts[0].dims();
+    dims[D - 1] = parts.iter().map(|part| part.dims()[D - 1]).sum();
     if dims.contains(&0) {
-        dims[D - 1] *= N;
         return Tensor::zeros(dims, (&parts[0].device(), parts[0].dtype()));
     }
-    Tensor::cat(parts.into(), D - 1)
+    Tensor::cat(parts, D - 1)
 }
 
 #[cfg(feature = "flex")]
@@ -106,18 +110,19 @@ mod flex {
     use super::super::real::Real;
     use super::super::rows::{Owned, Rows, blocks};
 
-    pub(super) fn side_by_side<E: Real, const N: usize, const D: usize>(
-        parts: [Tensor<D>; N],
-    ) -> Tensor<D> {
+    pub(super) fn side_by_side<E: Real, const D: usize>(parts: Vec<Tensor<D>>) -> Tensor<D> {
         let mut dims = parts[0].dims();
+        dims[D - 1] = parts.iter().map(|part| part.dims()[D - 1]).sum();
         let width = dims[D - 1];
-        dims[D - 1] *= N;
         let mut whole = Owned::<E>::zeros(&dims);
-        let parts = parts.map(Rows::<E>::of);
-        blocks(whole.values(), N * width, |first, block| {
-            for (row, whole) in block.chunks_exact_mut(N * width).enumerate() {
-                for (whole, part) in whole.chunks_exact_mut(width).zip(&parts) {
-                    whole.copy_from_slice(part.row(first + row));
+        let parts: Vec<_> = parts.into_iter().map(Rows::<E>::of).collect();
+        blocks(whole.values(), width, |first, block| {
+            for (row, whole) in block.chunks_exact_mut(width).enumerate() {
+                let mut rest = whole;
+                for part in &parts {
+                    let (own, others) = rest.split_at_mut(part.width());
+                    own.copy_from_slice(part.row(first + row));
+                    rest = others;
                 }
             }
         });

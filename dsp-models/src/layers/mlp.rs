@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::fused::gelu_tanh;
-use dsp_core::linear::{project, project_without_bias};
+use dsp_core::linear::project;
 
 use super::linear::linear;
 use crate::random::Draws;
@@ -32,11 +32,14 @@ impl Mlp {
     /// # Shapes
     /// - `x`: `[…, in]`; returns `[…, out]`
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        project(gelu_tanh(project(x, &self.fc1)), &self.fc2)
+        project(self.inner(x), &self.fc2)
     }
 
-    /// The network without the second bias: on a rank that holds some of the inner features, its term of the sum.
-    pub fn forward_without_bias<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        project_without_bias(gelu_tanh(project(x, &self.fc1)), &self.fc2)
+    /// What the second layer takes: the inner features, of which a rank may hold some.
+    ///
+    /// # Shapes
+    /// - `x`: `[…, in]`; returns `[…, inner]`
+    pub fn inner<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        gelu_tanh(project(x, &self.fc1))
     }
 }

@@ -7,12 +7,12 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
 use dsp_core::Shard;
 use dsp_core::fused::parts;
-use dsp_core::linear::{project, project_without_bias};
+use dsp_core::linear::project;
 use dsp_core::session::StageRun;
 
 use super::config::{BlockConfig, TIME};
 use crate::error::ModelError;
-use crate::layers::{RmsNorm, Rotary, bias, linear};
+use crate::layers::{RmsNorm, Rotary, linear};
 use crate::random::Draws;
 
 /// The epsilon of the norms of queries and keys.
@@ -53,7 +53,8 @@ impl SelfAttention {
         }
     }
 
-    /// The attention of a stage, from the modulated residual stream to what is gated and added to it.
+    /// The attention of a stage, from the modulated residual stream to what [`proj`](Self::proj) takes, with which the
+    /// sub-layer ends.
     ///
     /// # Errors
     /// [`ModelError::Core`] if the ranks fail or the layouts do not fit.
@@ -77,9 +78,7 @@ impl SelfAttention {
         let [query, key, value] = x.chunks();
         let query = query.map(|query| prepare(query, &self.q_norm))?;
         let key = key.map(|key| prepare(key, &self.k_norm))?;
-        let x = stage.attend(query, key, value)?;
-        let x = x.map(|x| project_without_bias(x, &self.proj))?;
-        Ok(stage.leave(x, bias(&self.proj))?)
+        Ok(stage.attend(query, key, value)?)
     }
 }
 
@@ -116,7 +115,8 @@ impl CrossAttention {
         }
     }
 
-    /// The cross-attention of a stage, from the residual stream to what is added to it.
+    /// The cross-attention of a stage, from the residual stream to what [`proj`](Self::proj) takes, with which the
+    /// sub-layer ends.
     ///
     /// # Errors
     /// [`ModelError::Core`] if the ranks fail or the shapes do not fit.
@@ -128,8 +128,6 @@ impl CrossAttention {
     ) -> Result<Shard, ModelError> {
         let query = stage.enter(x)?.map(|x| project(x, &self.q_linear))?;
         let [key, value] = parts(project(text.tokens.clone(), &self.kv_linear));
-        let x = stage.cross_attend(query, key, value, text.lengths.clone())?;
-        let x = x.map(|x| project_without_bias(x, &self.proj))?;
-        Ok(stage.leave(x, bias(&self.proj))?)
+        Ok(stage.cross_attend(query, key, value, text.lengths.clone())?)
     }
 }

@@ -8,15 +8,14 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use dsp_core::Shard;
-use dsp_core::fused::gated_sum;
 use dsp_core::session::Stages;
+use dsp_core::{Ending, Shard};
 
 use super::attention::{CrossAttention, SelfAttention, Text};
 use super::config::{BlockConfig, BlockKind, Init};
 use super::modulation::{ByFrame, modulated_norm};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{Mlp, Rotary, bias};
+use crate::layers::{Mlp, Rotary};
 use crate::random::{Draws, Purpose};
 
 /// The epsilon of the layer norms.
@@ -95,14 +94,14 @@ impl Block {
             .clone()
             .map(|x| modulated_norm(x, shift, scale, NORM_EPSILON))?;
         let h = self.attn.forward(h, rotary, &stage)?;
-        let x = x.map(|x| gated_sum(x, gate, h.into_tensor()))?;
+        let x = stage.end(x, h, Ending::of(&self.attn.proj).gated(gate))?;
 
         let stage = stages.cross_attention()?;
         let x = stage.arrange(x)?;
         let h = self
             .cross_attn
             .forward(x.clone(), &conditions.text, &stage)?;
-        let x = x.map(|x| x + h.into_tensor())?;
+        let x = stage.end(x, h, Ending::of(&self.cross_attn.proj))?;
 
         let stage = stages.feed_forward()?;
         let x = stage.arrange(x)?;
@@ -110,9 +109,8 @@ impl Block {
         let h = x
             .clone()
             .map(|x| modulated_norm(x, shift, scale, NORM_EPSILON))?;
-        let h = stage.enter(h)?.map(|x| self.mlp.forward_without_bias(x))?;
-        let h = stage.leave(h, bias(&self.mlp.fc2))?;
-        Ok(x.map(|x| gated_sum(x, gate, h.into_tensor()))?)
+        let h = stage.enter(h)?.map(|x| self.mlp.inner(x))?;
+        Ok(stage.end(x, h, Ending::of(&self.mlp.fc2).gated(gate))?)
     }
 }
 

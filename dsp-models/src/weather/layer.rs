@@ -7,11 +7,11 @@
 
 use burn::module::Module;
 use burn::tensor::Device;
-use dsp_core::Shard;
 use dsp_core::session::Stages;
+use dsp_core::{Ending, Shard};
 
 use crate::error::ModelError;
-use crate::layers::{Mlp, RmsNorm, Rotary, bias};
+use crate::layers::{Mlp, RmsNorm, Rotary};
 use crate::random::Draws;
 use crate::video_dit::{BlockConfig, SelfAttention};
 
@@ -45,7 +45,7 @@ impl Axial {
         let x = stage.arrange(x)?;
         let h = x.clone().map(|x| self.norm.forward(x))?;
         let h = self.attn.forward(h, rotary, &stage)?;
-        Ok(x.plus(h)?)
+        Ok(stage.end(x, h, Ending::of(&self.attn.proj))?)
     }
 }
 
@@ -92,8 +92,7 @@ impl Layer {
         let stage = stages.feed_forward()?;
         let x = stage.arrange(x)?;
         let h = x.clone().map(|x| self.mlp_norm.forward(x))?;
-        let h = stage.enter(h)?.map(|x| self.mlp.forward_without_bias(x))?;
-        let h = stage.leave(h, bias(&self.mlp.fc2))?;
-        Ok(x.plus(h)?)
+        let h = stage.enter(h)?.map(|x| self.mlp.inner(x))?;
+        Ok(stage.end(x, h, Ending::of(&self.mlp.fc2))?)
     }
 }

@@ -15,6 +15,7 @@ pub(crate) mod weather;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -307,6 +308,8 @@ pub(crate) struct ModelCase {
     pub(crate) dtype: DType,
     pub(crate) output: OutputLayout,
     pub(crate) loss: LossFrom,
+    /// In how many parts switches go that follow a sub-layer.
+    pub(crate) switch_parts: NonZeroUsize,
 }
 
 impl ModelCase {
@@ -329,7 +332,7 @@ impl ModelCase {
         let dims = &self.video.shape;
         let mut shape = self.config.shape(dims[0], dims[2], dims[3], dims[4]);
         shape.output = self.output;
-        let session = Session::new(strategy, group, shape)?;
+        let session = Session::new(strategy, group, shape)?.switching_in(self.switch_parts);
         let placed = session.place(&self.template, roles(&self.config.block()), &device);
 
         let video = self.video.tensor::<5>(&device, self.dtype).require_grad();

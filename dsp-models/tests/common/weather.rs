@@ -1,6 +1,7 @@
 //! The axial weather model on ranks, with everything compared that a step produces.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use burn::tensor::{DType, Device, Tensor};
@@ -34,6 +35,8 @@ pub(crate) struct WeatherCase {
     pub(crate) other: Values,
     pub(crate) end: End,
     pub(crate) output: OutputLayout,
+    /// In how many parts switches go that follow a sub-layer.
+    pub(crate) switch_parts: NonZeroUsize,
 }
 
 impl WeatherCase {
@@ -56,7 +59,7 @@ impl WeatherCase {
         let [batch, times, rows, columns] = self.grid.dims();
         let mut shape = self.config.shape(batch, times, rows, columns);
         shape.output = self.output;
-        let session = Session::new(strategy, group, shape)?;
+        let session = Session::new(strategy, group, shape)?.switching_in(self.switch_parts);
         let placed = session.place(&self.template, roles(&self.config), &device);
 
         let fields: Tensor<5> = self.fields.tensor(&device, DType::F64).require_grad();

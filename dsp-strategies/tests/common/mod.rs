@@ -32,8 +32,8 @@ use dsp_core::session::Attend;
 use dsp_core::shape::reshape;
 use dsp_core::strategy::{AttentionStage, OutputLayout, Part, Placement, Role, StageKind, Units};
 use dsp_core::{
-    AxisSet, Error, Heads, Launch, Loss, Mask, ModelShape, Partition, Placed, PlanError, SeqAxis,
-    SequenceParallel, Session, Shard, Stage,
+    AxisSet, Ending, Error, Heads, Launch, Loss, Mask, ModelShape, Partition, Placed, PlanError,
+    SeqAxis, SequenceParallel, Session, Shard, Stage,
 };
 #[allow(unused_imports, reason = "each test binary uses its own part of this")]
 pub(crate) use engine::{engine, launch};
@@ -66,6 +66,8 @@ pub(crate) struct Case {
     pub(crate) dropout: Option<f64>,
     /// Whether memory-bound operations are repeated in the backward pass.
     pub(crate) checkpointing: Checkpointing,
+    /// In how many parts switches go that follow a sub-layer, whose end is then the library's.
+    pub(crate) switch_parts: Option<NonZeroUsize>,
 }
 
 /// Burn's gradient checkpointing.
@@ -204,6 +206,8 @@ struct Layer {
     input_biases: Vec<Param<Tensor<1>>>,
     output: Param<Tensor<2>>,
     bias: Param<Tensor<1>>,
+    /// Of every other layer.
+    gate: Param<Tensor<1>>,
 }
 
 #[derive(Module, Debug)]
@@ -277,6 +281,7 @@ impl Model {
                 input_biases: widths.iter().map(|&width| vector(width)).collect(),
                 output,
                 bias: vector(HIDDEN),
+                gate: vector(HIDDEN),
             }
         });
         let layers = layers.collect();
@@ -325,9 +330,22 @@ impl Model {
                 }
                 Sub::Mlp => h.map(|h| layer.input(0, h).tanh())?,
             };
+            let gate = reshape(layer.gate.val(), [1, 1, 1, 1, HIDDEN]);
+            if case.switch_parts.is_some() {
+                let ending = Ending {
+                    weight: layer.output.val(),
+                    bias: Some(layer.bias.val()),
+                    gate: (index % 2 == 0).then_some(gate),
+                };
+                x = stage.end(x, inner, ending)?;
+                continue;
+            }
             let part = inner.map(|h| linear(h, layer.output.val(), None))?;
             let part = stage.leave(part, Some(layer.bias.val()))?.into_tensor();
-            x = x.map(|x| x + part)?;
+            x = match index % 2 {
+                0 => x.map(|x| x + gate * part)?,
+                _ => x.map(|x| x + part)?,
+            };
         }
         stages.finish(x)
     }
@@ -486,6 +504,9 @@ fn run_of(
                 Checkpointing::On => device(dtype).autodiff().gradient_checkpointing(),
             };
             let mut session = Session::new(strategy.clone(), group, case.shape())?;
+            if let Some(parts) = case.switch_parts {
+                session = session.switching_in(parts);
+            }
             if replicas > 1 {
                 session = session.with_replicas(world.along(across)?);
             }
@@ -691,10 +712,24 @@ pub(crate) fn is_well_conditioned(case: &Case) -> bool {
     let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
     let of = |nudge| {
         let dtype = DType::F64;
-        whole(&run_of(&serial, case, (1, 1), Numbers { dtype, nudge }).unwrap())
+        whole(&run_of(&serial, &by_hand(case), (1, 1), Numbers { dtype, nudge }).unwrap())
     };
     let reference = of(None);
     (1..=3).all(|seed| difference(&reference, &of(Some(seed))).0 <= 5e-7)
+}
+
+/// The case whose sub-layers end by the test's own code.
+fn by_hand(case: &Case) -> Case {
+    Case {
+        switch_parts: None,
+        ..case.clone()
+    }
+}
+
+/// The serial results, in f64, for which nothing of the sub-layers' ends is the library's.
+fn reference(case: &Case) -> BTreeMap<String, Vec<f64>> {
+    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
+    whole(&run(&serial, &by_hand(case), 1, DType::F64).unwrap())
 }
 
 /// Runs a case serially, in f64, and under a strategy, and compares everything.
@@ -708,8 +743,7 @@ pub(crate) fn check(
     dtype: DType,
     tolerance: f64,
 ) -> Result<Result<(), PlanError>, TestCaseError> {
-    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
-    let reference = whole(&run(&serial, case, 1, DType::F64).unwrap());
+    let reference = reference(case);
     let seen = match run(strategy, case, ranks, dtype) {
         Ok(seen) => seen,
         Err(refusal) => return Ok(Err(refusal)),
@@ -758,8 +792,7 @@ pub(crate) fn check_replicas(
     (ranks, replicas): (usize, usize),
     tolerance: f64,
 ) -> Result<Result<(), PlanError>, TestCaseError> {
-    let serial: Arc<dyn SequenceParallel> = Arc::new(dsp_strategies::Serial);
-    let reference = whole(&run(&serial, case, 1, DType::F64).unwrap());
+    let reference = reference(case);
     let seen = match run_replicas(strategy, case, (ranks, replicas), DType::F64) {
         Ok(seen) => seen,
         Err(refusal) => return Ok(Err(refusal)),
@@ -863,16 +896,23 @@ fn cases_of(
             prop_oneof![Just(OutputLayout::AsInput), Just(OutputLayout::Free)],
             prop_oneof![2 => Just(None), 1 => Just(Some(0.2)), 1 => Just(Some(0.6))],
             prop_oneof![Just(Checkpointing::Off), Just(Checkpointing::On)],
+            // More parts than there are channels are as many as there are.
+            prop::option::of(
+                (1usize..=HIDDEN + 1).prop_map(|parts| NonZeroUsize::new(parts).unwrap()),
+            ),
         )
             .prop_map(
-                |(batch, lengths, heads, subs, output, dropout, checkpointing)| Case {
-                    batch,
-                    lengths,
-                    heads,
-                    subs,
-                    output,
-                    dropout,
-                    checkpointing,
+                |(batch, lengths, heads, subs, output, dropout, checkpointing, switch_parts)| {
+                    Case {
+                        batch,
+                        lengths,
+                        heads,
+                        subs,
+                        output,
+                        dropout,
+                        checkpointing,
+                        switch_parts,
+                    }
                 },
             )
     })
