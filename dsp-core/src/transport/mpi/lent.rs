@@ -1,7 +1,7 @@
 //! Memory that is lent to MPI while a message is under way: the one place of this transport with `unsafe`.
 //!
 //! A request that MPI has not completed may touch its memory at any time, whatever becomes of the code that
-//! started it. So memory and request are one value, [`Flight`], which keeps the memory until MPI is done with
+//! started it. So memory and requests are one value, [`Flights`], which keeps the memory until MPI is done with
 //! it, and *leaks* it if it is dropped before.
 
 #![expect(unsafe_code, reason = "memory is lent to MPI")]
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::Bytes;
-use ferrompi::{Communicator, CustomDatatype, PlainData, Request, Scope};
+use ferrompi::{Communicator, CustomDatatype, MpiErrorClass, PlainData, Request, Scope};
 
 /// Bytes that nobody changes: a tensor's own, or packed ones.
 pub(super) trait Steady: Send + Sync + 'static {
@@ -145,7 +145,7 @@ impl Landing {
             unsafe { Vec::from_raw_parts(vec.as_mut_ptr().cast(), vec.len(), vec.capacity()) }
         }
         // SAFETY: the parts are all the bytes (`lend`), and each has been written: by a message as long as itself
-        // (`Flight::test`), or by `Own::write`.
+        // (`Flights::landed`), or by `Own::write`.
         unsafe {
             Some(match landing.elements {
                 Elements::Two(vec) => Bytes::from_elems(written(vec)),
@@ -212,10 +212,12 @@ impl Own {
     }
 }
 
-/// A message under way, and the memory that it needs.
-pub(super) struct Flight<'s> {
-    request: Request<'s>,
-    memory: ManuallyDrop<Memory>,
+/// Messages under way, the memory that each needs, and what each is for.
+pub(super) struct Flights<'s, P> {
+    /// Side by side, so that one call of MPI asks after all of them.
+    requests: Vec<Request<'s>>,
+    /// Of each request.
+    cargo: Vec<(ManuallyDrop<Memory>, P)>,
 }
 
 /// Memory that MPI reads or writes.
@@ -224,72 +226,98 @@ enum Memory {
     Received(Incoming),
 }
 
-impl<'s> Flight<'s> {
+/// A message with which MPI is done: what it was for, and the kind of error if it failed.
+pub(super) struct Landed<P> {
+    pub(super) purpose: P,
+    pub(super) error: Option<MpiErrorClass>,
+}
+
+impl<'s, P> Flights<'s, P> {
+    pub(super) fn new() -> Self {
+        Self {
+            requests: Vec::new(),
+            cargo: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
+    }
+
     /// Starts to send.
     pub(super) fn send(
+        &mut self,
         world: &Communicator,
         scope: &'s Scope<'s, '_>,
         outgoing: Outgoing,
-        to: i32,
-        tag: i32,
-    ) -> ferrompi::Result<Self> {
+        (to, tag): (i32, i32),
+        purpose: P,
+    ) -> ferrompi::Result<()> {
         let Outgoing { owner, range } = outgoing;
         let bytes: *const [u8] = &owner.bytes()[range];
-        // SAFETY: the bytes stay where they are and as they are as long as `owner` lives, which the flight
-        // keeps until MPI has completed the request, or for ever.
+        // SAFETY: the bytes stay where they are and as they are as long as `owner` lives, which is kept until MPI
+        // has completed the request, or for ever.
         let bytes: &'s [u8] = unsafe { &*bytes };
-        let request = world.isend(scope, bytes, to, tag)?;
-        Ok(Self {
-            request,
-            memory: ManuallyDrop::new(Memory::Sent(owner)),
-        })
+        self.requests.push(world.isend(scope, bytes, to, tag)?);
+        let memory = ManuallyDrop::new(Memory::Sent(owner));
+        self.cargo.push((memory, purpose));
+        Ok(())
     }
 
     /// Starts to receive. `room` is MPI's name of [`Room`].
     pub(super) fn receive(
+        &mut self,
         world: &Communicator,
-        scope: &'s Scope<'s, '_>,
-        room: &'s CustomDatatype,
+        (scope, room): (&'s Scope<'s, '_>, &'s CustomDatatype),
         incoming: Incoming,
-        from: i32,
-        tag: i32,
-    ) -> ferrompi::Result<Self> {
+        (from, tag): (i32, i32),
+        purpose: P,
+    ) -> ferrompi::Result<()> {
         let Incoming { landing, range } = &incoming;
         debug_assert!(range.end <= 8 * landing.bytes.div_ceil(8));
         // SAFETY: the range lies within the landing's vector (checked by `lend`, or by construction), no
-        // other part of it overlaps and nobody reads it before all parts have come back (`take`); the flight
-        // keeps the landing until MPI has completed the request, or for ever.
+        // other part of it overlaps and nobody reads it before all parts have come back (`take`); the landing is
+        // kept until MPI has completed the request, or for ever.
         let bytes: &'s mut [Room] = unsafe {
             std::slice::from_raw_parts_mut(landing.start.add(range.start).cast(), range.len())
         };
         let request = world.irecv_custom(scope, bytes, room, from, tag)?;
-        Ok(Self {
-            request,
-            memory: ManuallyDrop::new(Memory::Received(incoming)),
-        })
+        self.requests.push(request);
+        let memory = ManuallyDrop::new(Memory::Received(incoming));
+        self.cargo.push((memory, purpose));
+        Ok(())
     }
 
-    /// Whether MPI is done with it.
-    pub(super) fn test(&mut self) -> ferrompi::Result<bool> {
-        let was_completed = self.request.is_completed();
-        let Some(status) = self.request.test()? else {
-            return Ok(false);
-        };
-        if let Memory::Received(Incoming { landing, range }) = &*self.memory
-            && !was_completed
-            && status.count == Some(range.len())
-        {
-            landing.missing.fetch_sub(1, Ordering::Release);
-        }
-        Ok(true)
+    /// Those with which MPI is done by now.
+    pub(super) fn landed(&mut self) -> ferrompi::Result<Vec<Landed<P>>> {
+        let mut done = Request::test_some(&mut self.requests)?;
+        // From the last one on, so that the others keep their places.
+        done.sort_unstable_by_key(|(index, _)| std::cmp::Reverse(*index));
+        let landed = done.into_iter().map(|(index, status)| {
+            self.requests.swap_remove(index);
+            let (memory, purpose) = self.cargo.swap_remove(index);
+            // MPI is done with the request, and so with its memory.
+            let memory = ManuallyDrop::into_inner(memory);
+            if let Memory::Received(Incoming { landing, range }) = &memory
+                && status.error.is_none()
+                && status.count == Some(range.len())
+            {
+                landing.missing.fetch_sub(1, Ordering::Release);
+            }
+            let error = status.error;
+            Landed { purpose, error }
+        });
+        Ok(landed.collect())
     }
 }
 
-impl Drop for Flight<'_> {
+impl<P> Drop for Flights<'_, P> {
     fn drop(&mut self) {
-        if self.request.is_completed() {
-            // SAFETY: dropped once, here; MPI does not touch the memory any more.
-            unsafe { ManuallyDrop::drop(&mut self.memory) };
+        for (request, (memory, _)) in self.requests.iter().zip(&mut self.cargo) {
+            if request.is_completed() {
+                // SAFETY: dropped once, here; MPI does not touch the memory any more.
+                unsafe { ManuallyDrop::drop(memory) };
+            }
         }
     }
 }

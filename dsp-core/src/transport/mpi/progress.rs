@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use ferrompi::{Communicator, CustomDatatype, Scope, Source, Tag};
 
-use super::lent::{Flight, Incoming, Outgoing};
+use super::lent::{Flights, Incoming, Landed, Outgoing};
 use super::wire::{Announcement, CONTROL, DATA_TAGS, Envelope, Message};
 use crate::error::{Call, CommError};
 use crate::transport::Times;
@@ -174,7 +174,7 @@ pub(super) struct Progress<'s, 'env> {
     /// Counts the rounds of the loop, so that the rank knows that this thread lives.
     pulse: Arc<AtomicU64>,
     launches: BTreeMap<u64, LaunchState>,
-    flights: Vec<(Flight<'s>, Purpose)>,
+    flights: Flights<'s, Purpose>,
     next_tag: i32,
     /// Control messages of launches that have not begun here.
     ahead: Vec<(usize, Envelope)>,
@@ -201,7 +201,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             commands,
             pulse,
             launches: BTreeMap::new(),
-            flights: Vec::new(),
+            flights: Flights::new(),
             next_tag: DATA_TAGS.start,
             ahead: Vec::new(),
             farewells: vec![false; size],
@@ -287,17 +287,15 @@ impl<'s, 'env> Progress<'s, 'env> {
             }
             moved = true;
         }
-        let mut index = 0;
-        while index < self.flights.len() {
-            if self.flights[index].0.test()? {
-                let (_, purpose) = self.flights.swap_remove(index);
-                if let Purpose::Part(launch, key) = purpose {
-                    self.received(launch, key);
+        for Landed { purpose, error } in self.flights.landed()? {
+            match (error, purpose) {
+                (Some(class), _) => {
+                    self.broken(&format!("a message failed: {class:?}"));
                 }
-                moved = true;
-            } else {
-                index += 1;
+                (None, Purpose::Part(launch, key)) => self.received(launch, key),
+                (None, Purpose::None) => {}
             }
+            moved = true;
         }
         Ok(moved)
     }
@@ -754,7 +752,7 @@ impl<'s, 'env> Progress<'s, 'env> {
     }
 
     /// MPI itself has failed: all launches do.
-    fn broken(&mut self, error: &ferrompi::Error) -> bool {
+    fn broken(&mut self, error: &impl std::fmt::Display) -> bool {
         let rank = self.rank;
         let launches: Vec<u64> = self.launches.keys().copied().collect();
         for launch in launches {
@@ -798,11 +796,8 @@ impl<'s, 'env> Progress<'s, 'env> {
 
     fn send(&mut self, outgoing: Outgoing, to: usize, tag: i32) -> ferrompi::Result<()> {
         let (world, scope) = (self.world, self.scope);
-        let mut flight = Flight::send(world, scope, outgoing, to as i32, tag)?;
-        if !flight.test()? {
-            self.flights.push((flight, Purpose::None));
-        }
-        Ok(())
+        let to = (to as i32, tag);
+        self.flights.send(world, scope, outgoing, to, Purpose::None)
     }
 
     fn receive(
@@ -812,10 +807,9 @@ impl<'s, 'env> Progress<'s, 'env> {
         tag: i32,
         purpose: Purpose,
     ) -> ferrompi::Result<()> {
-        let (world, scope, room) = (self.world, self.scope, self.room);
-        let flight = Flight::receive(world, scope, room, incoming, from as i32, tag)?;
-        self.flights.push((flight, purpose));
-        Ok(())
+        let (world, scope) = (self.world, (self.scope, self.room));
+        let from = (from as i32, tag);
+        self.flights.receive(world, scope, incoming, from, purpose)
     }
 }
 
