@@ -22,9 +22,11 @@ const DRIVERS: [&str; 4] = [
 ];
 
 /// Test targets, each with the tests of it that compute on a GPU by their names; none stands for all.
-const TESTS: [(&[&str], &[&str]); 3] = [
+const TESTS: [(&[&str], &[&str]); 5] = [
     (&["--lib"], &["attention::gpu", "transport::", "devices::"]),
     (&["--test", "collectives"], &[]),
+    (&["--test", "ending"], &[]),
+    (&["--test", "reference"], &["pair_with_given_frames"]),
     (&["--test", "equivalence"], &["f32", "same_bits"]),
 ];
 
@@ -139,12 +141,12 @@ fn test(gpu: &Gpu, (targets, names): (&[&str], &[&str])) -> Result<()> {
     timed(tests.envs([("PROPTEST_CASES", gpu.tries()), ("PROPTEST_RNG_SEED", SEED)]))
 }
 
-/// Runs the tests of kernels, of collectives and of strategies.
+/// Runs the tests of kernels, of collectives, of strategies and of a model's blocks.
 pub(crate) fn tests(gpu: &Gpu) -> Result<()> {
     TESTS.into_iter().try_for_each(|tests| test(gpu, tests))
 }
 
-/// Runs the tests, then reference files and a small head-to-head under every strategy.
+/// Runs the tests, then reference files, a small head-to-head under every strategy and some steps of a training.
 pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
     if let Gpu::Nccl(numbers) = gpu {
         return nccl::test(&gpu.build(), numbers);
@@ -169,7 +171,12 @@ pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
     for (flag, file) in [("--report", "report.html"), ("--trace", "trace.json")] {
         compare.arg(flag).arg(results.join(file));
     }
-    timed(gpu.seen_by(&mut compare)?)
+    timed(gpu.seen_by(&mut compare)?)?;
+
+    let mut train = Command::new(&dsp);
+    train.arg("train").args(&device).args(["--model", "vit"]);
+    train.args(["--ranks", "2", "--steps", "3", "--out"]);
+    timed(gpu.seen_by(train.arg(results.join("run")))?)
 }
 
 /// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of
