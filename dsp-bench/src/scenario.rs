@@ -81,7 +81,7 @@ fn at_once() -> Reduce {
     Reduce::AtOnce
 }
 
-fn one() -> NonZeroUsize {
+pub(crate) fn one() -> NonZeroUsize {
     NonZeroUsize::MIN
 }
 

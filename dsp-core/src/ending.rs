@@ -95,89 +95,112 @@ pub(crate) fn switched(
 
     let inputs = [x, h, weight, bias, gate];
     let is_tracked = inputs.each_ref().map(Tensor::is_tracked);
-    let shapes = inputs.each_ref().map(Tensor::dims);
-    let is_any = match is_tracked.contains(&true) {
+    let tracking = match is_tracked.contains(&true) {
         true => Tracking::Tracked,
         false => Tracking::Untracked,
     };
     let [x, h, weight, bias, gate] = inputs.each_ref().map(|input| input.clone().inner());
-    let weight: Tensor<2> = weight.squeeze_dims(&[0, 1, 2]);
-
-    let asked = group.next_sequence();
+    let mut kept = Kept {
+        asked: group.next_sequence(),
+        switch,
+        h,
+        weight: weight.squeeze_dims(&[0, 1, 2]),
+        gated: vec![],
+        has_bias,
+        is_tracked,
+        shapes: inputs.each_ref().map(Tensor::dims),
+    };
     let mut flights = vec![];
-    let mut projected = vec![];
-    for (part, range) in switch.ranges.iter().enumerate() {
+    for (part, range) in kept.switch.ranges.iter().enumerate() {
         let of_part = |x: &Tensor<DIMS>| channels(x.clone(), range.clone());
-        let mut y = times(h.clone(), channels(weight.clone(), range.clone()));
+        let mut y = times(kept.h.clone(), channels(kept.weight.clone(), range.clone()));
         if has_bias {
             y = y + of_part(&bias);
         }
         let sum = match has_gate {
             true => {
                 let gate = of_part(&gate);
-                projected.push((gate.clone(), y.clone()));
+                kept.gated.push([gate.clone(), y.clone()]);
                 gated_sum::forward([of_part(&x), gate, y])
             }
             false => of_part(&x) + y,
         };
-        flights.push(switch.forth(part, sum, is_any)?);
+        flights.push(kept.switch.forth(part, sum, tracking)?);
     }
     let arrived = flights.into_iter().map(InFlight::wait);
     let output = side_by_side(arrived.collect::<Result<_, _>>()?);
+    let output = attach5(inputs, output, move |gradient| kept.gradients(gradient));
+    Ok(Shard::new(output, to.clone(), rank)?)
+}
 
-    let output = attach5(inputs, output, move |gradient: Tensor<DIMS>| {
-        let back = |(part, range): (usize, &Range<usize>)| {
-            switch.back(part, channels(gradient.clone(), range.clone()), asked)
+/// What the backward pass needs.
+struct Kept {
+    switch: Switch,
+    /// The sequence number of the first part's way forth.
+    asked: u64,
+    h: Tensor<DIMS>,
+    weight: Tensor<2>,
+    /// Of each part its gate and what that multiplies, if there is a gate.
+    gated: Vec<[Tensor<DIMS>; 2]>,
+    has_bias: bool,
+    /// Which of x, h, weight, bias and gate need a gradient; their shapes.
+    is_tracked: [bool; 5],
+    shapes: [[usize; DIMS]; 5],
+}
+
+impl Kept {
+    /// The gradients of x, h, weight, bias and gate.
+    fn gradients(&self, gradient: Tensor<DIMS>) -> Result<[Tensor<DIMS>; 5], CommError> {
+        let like = (gradient.device(), gradient.dtype());
+        let parts = || self.switch.ranges.iter().enumerate();
+        let start = |(part, range): (usize, &Range<usize>)| {
+            let own = channels(gradient.clone(), range.clone());
+            self.switch.back(part, own, self.asked)
         };
-        let flights: Vec<_> = (switch.ranges.iter().enumerate())
-            .map(back)
-            .collect::<Result<_, _>>()?;
-        let zeros = |input: usize| Tensor::zeros(shapes[input], (&gradient.device(), dtype));
-        let (mut dx, mut dh, mut dweight, mut dbias, mut dgate) =
-            (vec![], None, vec![], vec![], vec![]);
-        for ((part, range), flight) in switch.ranges.iter().enumerate().zip(flights) {
+        let flights: Vec<_> = parts().map(start).collect::<Result<_, _>>()?;
+        let (mut dx, mut dh, mut dweight) = (vec![], None, vec![]);
+        let (mut dbias, mut dgate) = (vec![], vec![]);
+        for ((part, range), flight) in parts().zip(flights) {
             let own = flight.wait()?;
-            let dy = match projected.get(part) {
-                Some((gate, y)) => {
-                    let [of_gate, dy] = gated_sum::backward([gate.clone(), y.clone(), own.clone()]);
+            let dy = match self.gated.get(part) {
+                Some([gate, y]) => {
+                    let inputs = [gate.clone(), y.clone(), own.clone()];
+                    let [of_gate, dy] = gated_sum::backward(inputs);
                     dgate.push(of_gate);
                     dy
                 }
                 None => own.clone(),
             };
             dx.push(own);
-            if has_bias {
+            if self.has_bias {
                 dbias.push(leading_ones(sum_of_rows(dy.clone())));
             }
-            if is_tracked[1] {
-                let columns = channels(weight.clone(), range.clone());
+            if self.is_tracked[1] {
+                let columns = channels(self.weight.clone(), range.clone());
                 let term = times(dy.clone(), columns.transpose());
                 dh = Some(match dh {
                     Some(sum) => sum + term,
                     None => term,
                 });
             }
-            if is_tracked[2] {
-                dweight.push(weight_gradient(h.clone(), dy));
+            if self.is_tracked[2] {
+                dweight.push(leading_ones(weight_gradient(self.h.clone(), dy)));
             }
         }
-        let joined = |parts: Vec<Tensor<DIMS>>, input: usize| match parts.is_empty() {
-            true => zeros(input),
+        let zeros = |shape| Tensor::zeros(shape, (&like.0, like.1));
+        let joined = |parts: Vec<Tensor<DIMS>>, shape| match parts.is_empty() {
+            true => zeros(shape),
             false => side_by_side(parts),
         };
-        let dweight = match dweight.is_empty() {
-            true => zeros(2),
-            false => leading_ones(side_by_side(dweight)),
-        };
-        Ok::<_, CommError>([
+        let [_, of_h, of_weight, of_bias, of_gate] = self.shapes;
+        Ok([
             side_by_side(dx),
-            dh.unwrap_or_else(|| zeros(1)),
-            dweight,
-            joined(dbias, 3),
-            joined(dgate, 4),
+            dh.unwrap_or_else(|| zeros(of_h)),
+            joined(dweight, of_weight),
+            joined(dbias, of_bias),
+            joined(dgate, of_gate),
         ])
-    });
-    Ok(Shard::new(output, to.clone(), rank)?)
+    }
 }
 
 /// A switch in parts of the channels: who holds what of each, before and after.

@@ -44,7 +44,7 @@ pub struct RunConfig {
     pub watch: Watch,
     /// In how many parts a switch of the residual stream goes after a sub-layer, one on its way while the next is
     /// computed.
-    #[serde(default = "one")]
+    #[serde(default = "crate::scenario::one")]
     pub switch_parts: NonZeroUsize,
     /// Steps between two evaluations of the held-out samples; there is one at the end in any case.
     pub evaluate_every: u64,
@@ -60,10 +60,6 @@ pub struct RunConfig {
     pub training: TrainingConfig,
     /// The model and its data. (Tables stand after values.)
     pub model: ModelSizes,
-}
-
-fn one() -> NonZeroUsize {
-    NonZeroUsize::MIN
 }
 
 /// Why a run cannot begin.

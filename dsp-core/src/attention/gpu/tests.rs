@@ -330,6 +330,27 @@ fn a_sample_that_sees_nothing_gets_zeros_and_minus_infinity_beside_one_that_does
     assert!(doubles(&hidden).iter().all(|&x| x == 0.0));
 }
 
+/// Of every tile before its own, a row sees the last key at most: of whole tiles one pair.
+#[test]
+fn a_tile_of_which_one_pair_is_visible_is_not_passed_over() {
+    let size = NonZeroUsize::new(2).unwrap();
+    let case = plain(1, 2, 150, 150, Mask::Window { size });
+    case.found(DType::F32).assert_close(&case.expected(), 1e-5);
+    sixteen_bits().for_each(|dtype| assert_close_in_16_bits(&case, dtype));
+}
+
+/// As on a rank whose keys come after some of its queries.
+#[test]
+fn rows_that_see_nothing_of_a_tile_that_others_see_get_zeros_and_minus_infinity() {
+    let mut case = plain(1, 2, 40, 40, Mask::Causal);
+    case.problem.key_positions = std::iter::once(10..50).collect();
+    let found = case.found(DType::F32);
+    found.assert_close(&case.expected(), 1e-5);
+    let blind = found.out.clone().narrow(1, 0, 10);
+    assert!(doubles(&blind).iter().all(|&x| x == 0.0));
+    sixteen_bits().for_each(|dtype| assert_close_in_16_bits(&case, dtype));
+}
+
 #[test]
 fn hidden_keys_do_not_touch_the_result_even_if_huge() {
     let case = plain(1, 2, 40, 50, Mask::KeyLengths([33].into()));
