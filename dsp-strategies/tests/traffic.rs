@@ -406,10 +406,11 @@ fn parameters(case: &Case) -> usize {
         (HIDDEN + 1) * (query + 2 * key) + query * HIDDEN
     };
     let mlp = (HIDDEN + 1) * common::INNER + common::INNER * HIDDEN;
+    // Beside them a norm's weight, the last bias and a gate.
     let layers = case
         .subs
         .iter()
-        .map(|sub| 2 * HIDDEN + if *sub == Sub::Mlp { mlp } else { attention });
+        .map(|sub| 3 * HIDDEN + if *sub == Sub::Mlp { mlp } else { attention });
     case.lengths[0] * HIDDEN + layers.sum::<usize>()
 }
 
