@@ -94,8 +94,7 @@ pub(crate) fn switched(
     let weight: Tensor<DIMS> = leading_ones(weight);
 
     let inputs = [x, h, weight, bias, gate];
-    let is_tracked = inputs.each_ref().map(Tensor::is_tracked);
-    let tracking = match is_tracked.contains(&true) {
+    let tracking = match inputs.iter().any(Tensor::is_tracked) {
         true => Tracking::Tracked,
         false => Tracking::Untracked,
     };
@@ -107,7 +106,8 @@ pub(crate) fn switched(
         weight: weight.squeeze_dims(&[0, 1, 2]),
         gated: vec![],
         has_bias,
-        is_tracked,
+        h_tracked: inputs[1].is_tracked(),
+        weight_tracked: inputs[2].is_tracked(),
         shapes: inputs.each_ref().map(Tensor::dims),
     };
     let mut flights = vec![];
@@ -143,8 +143,9 @@ struct Kept {
     /// Of each part its gate and what that multiplies, if there is a gate.
     gated: Vec<[Tensor<DIMS>; 2]>,
     has_bias: bool,
-    /// Which of x, h, weight, bias and gate need a gradient; their shapes.
-    is_tracked: [bool; 5],
+    h_tracked: bool,
+    weight_tracked: bool,
+    /// Of x, h, weight, bias and gate.
     shapes: [[usize; DIMS]; 5],
 }
 
@@ -175,7 +176,7 @@ impl Kept {
             if self.has_bias {
                 dbias.push(leading_ones(sum_of_rows(dy.clone())));
             }
-            if self.is_tracked[1] {
+            if self.h_tracked {
                 let columns = channels(self.weight.clone(), range.clone());
                 let term = times(dy.clone(), columns.transpose());
                 dh = Some(match dh {
@@ -183,7 +184,7 @@ impl Kept {
                     None => term,
                 });
             }
-            if self.is_tracked[2] {
+            if self.weight_tracked {
                 dweight.push(leading_ones(weight_gradient(self.h.clone(), dy)));
             }
         }

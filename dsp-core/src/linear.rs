@@ -22,14 +22,6 @@ pub fn project<const D: usize>(x: Tensor<D>, layer: &Linear) -> Tensor<D> {
     affine(x, layer.weight.val(), layer.bias.as_ref().map(Param::val))
 }
 
-/// `x·W` without the bias, which [`StageRun::leave`](crate::session::StageRun::leave) adds once, after any reduction.
-///
-/// # Shapes
-/// - `x`: `[…, in]`; returns `[…, out]`
-pub fn project_without_bias<const D: usize>(x: Tensor<D>, layer: &Linear) -> Tensor<D> {
-    affine(x, layer.weight.val(), None)
-}
-
 /// `x·W + b` for a weight and a bias.
 ///
 /// # Shapes

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::{Module, Param};
+use burn::module::Module;
 use burn::nn::Linear;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
@@ -24,7 +24,7 @@ use crate::gradients;
 use crate::group::Group;
 use crate::layout::{Layout, LayoutError, Shard, Value};
 use crate::ledger::Phase;
-use crate::linear::{affine, project_without_bias};
+use crate::linear::affine;
 use crate::place::{self, Placed};
 use crate::strategy::{
     AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Role, Scope,
@@ -701,8 +701,18 @@ impl<'a> StageRun<'a> {
     /// # Errors
     /// As [`leave`](Self::leave).
     pub fn project(&self, x: Shard, projection: &Linear) -> Result<Shard, Error> {
-        let x = x.map(|x| project_without_bias(x, projection))?;
-        self.leave(x, projection.bias.as_ref().map(Param::val))
+        let Ending { weight, bias, .. } = Ending::of(projection);
+        self.leave_through(x, weight, bias)
+    }
+
+    fn leave_through(
+        &self,
+        x: Shard,
+        weight: Tensor<2>,
+        bias: Option<Tensor<1>>,
+    ) -> Result<Shard, Error> {
+        let x = x.map(|x| affine(x, weight, None))?;
+        self.leave(x, bias)
     }
 
     /// Ends a sub-layer: `x + gate·(h·W + b)`, the bias added once, after any reduction. `x` is the residual stream
@@ -724,8 +734,7 @@ impl<'a> StageRun<'a> {
             return ending::switched(x, h, ending, to, self.session.switch_parts, scope.group);
         }
         let Ending { weight, bias, gate } = ending;
-        let h = h.map(|h| affine(h, weight, None))?;
-        let h = self.leave(h, bias)?;
+        let h = self.leave_through(h, weight, bias)?;
         match gate {
             Some(gate) => Ok(x.map(|x| gated_sum(x, gate, h.into_tensor()))?),
             None => Ok(x.plus(h)?),

@@ -26,7 +26,7 @@ const TESTS: [(&[&str], &[&str]); 5] = [
     (&["--lib"], &["attention::gpu", "transport::", "devices::"]),
     (&["--test", "collectives"], &[]),
     (&["--test", "ending"], &[]),
-    (&["--test", "reference"], &["pair_with_given_frames"]),
+    (&["--test", "reference"], &["in_f32"]),
     (&["--test", "equivalence"], &["f32", "same_bits"]),
 ];
 

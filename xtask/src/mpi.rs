@@ -8,9 +8,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{SEED, answers, cargo, test_binaries};
 
-/// The tests whose launches run on MPI where there is one: collectives, the ways of failing, gradients that are summed
-/// on the way, what ends a sub-layer, and every strategy against serial; and how often a property of each is tried at most, on each number
-/// of processes. (Those of strategies take long, and are tried more often on threads.)
+/// The tests whose launches run on MPI where there is one: collectives, what ends a sub-layer, the ways of failing,
+/// gradients that are summed on the way, and every strategy against serial; and how often a property of each is tried
+/// at most, on each number of processes. (Those of strategies take long, and are tried more often on threads.)
 const TESTS: [(&str, u32); 5] = [
     ("collectives", 60),
     ("ending", 60),

@@ -47,10 +47,11 @@ impl SoftmaxAttention {
         }
     }
 
-    /// The attention of a stage, from the normed residual stream to what is added to it.
+    /// The attention of a stage, from the normed residual stream to what [`o_proj`](Self::o_proj) takes, with which the
+    /// sub-layer ends.
     ///
     /// # Shapes
-    /// - `x`: `[B, L, 1, 1, C]`; returns the same
+    /// - `x`: `[B, L, 1, 1, C]`; returns `[B, L, 1, 1, Hq·d]`
     ///
     /// # Errors
     /// [`ModelError::Core`] if the ranks fail or the layouts do not fit.
@@ -66,8 +67,7 @@ impl SoftmaxAttention {
         let query = x.clone().map(|x| turned(x, &self.q_proj))?;
         let key = x.clone().map(|x| turned(x, &self.k_proj))?;
         let value = x.map(|x| project(x, &self.v_proj))?;
-        let x = stage.attend(query, key, value)?;
-        Ok(stage.project(x, &self.o_proj)?)
+        Ok(stage.attend(query, key, value)?)
     }
 }
 

@@ -3,10 +3,10 @@
 use burn::module::Module;
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor};
-use dsp_core::Shard;
 use dsp_core::fused::swiglu;
-use dsp_core::linear::{project, project_without_bias};
+use dsp_core::linear::project;
 use dsp_core::session::Stages;
+use dsp_core::{Ending, Shard};
 
 use super::attention::{LinearAttention, SoftmaxAttention};
 use super::config::{LanguageConfig, LayerKind};
@@ -36,14 +36,14 @@ impl SwiGlu {
         }
     }
 
-    /// The network: on a rank that holds some of the inner features, its term of the sum.
+    /// What [`down_proj`](Self::down_proj) takes: the inner features, of which a rank may hold some.
     ///
     /// # Shapes
-    /// - `x`: `[…, C]`; returns the same
-    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+    /// - `x`: `[…, C]`; returns `[…, inner]`
+    pub fn inner<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let gate = project(x.clone(), &self.gate_proj);
         let up = project(x, &self.up_proj);
-        project_without_bias(swiglu(gate, up), &self.down_proj)
+        swiglu(gate, up)
     }
 }
 
@@ -95,7 +95,8 @@ impl Block {
         let mut x = stage.arrange(x)?;
         let h = x.clone().map(|x| self.input_layernorm.forward(x))?;
         if let Some(attention) = &self.self_attn {
-            x = x.plus(attention.forward(h, &stage)?)?;
+            let h = attention.forward(h, &stage)?;
+            x = stage.end(x, h, Ending::of(&attention.o_proj))?;
         } else if let Some(attention) = &self.linear_attn {
             x = x.plus(attention.forward(h, &stage)?)?;
         }
@@ -105,7 +106,7 @@ impl Block {
         let h = x
             .clone()
             .map(|x| self.post_attention_layernorm.forward(x))?;
-        let h = stage.enter(h)?.map(|x| self.mlp.forward(x))?;
-        Ok(x.plus(stage.leave(h, None)?)?)
+        let h = stage.enter(h)?.map(|x| self.mlp.inner(x))?;
+        Ok(stage.end(x, h, Ending::of(&self.mlp.down_proj))?)
     }
 }

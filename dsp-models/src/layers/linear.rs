@@ -28,11 +28,6 @@ pub fn linear_without_bias(
     }
 }
 
-/// The bias of a layer, to be added elsewhere.
-pub(crate) fn bias(layer: &Linear) -> Option<Tensor<1>> {
-    layer.bias.as_ref().map(Param::val)
-}
-
 /// A trainable parameter.
 pub(crate) fn parameter<const D: usize>(value: Tensor<D>) -> Param<Tensor<D>> {
     Param::from_tensor(value)

@@ -17,7 +17,7 @@ mod sincos;
 pub use activation::{gelu, sigmoid, silu};
 pub use cross_entropy::{Target, cross_entropy};
 pub use dsp_core::fused::Pairs;
-pub(crate) use linear::{bias, buffer, parameter};
+pub(crate) use linear::{buffer, parameter};
 pub use linear::{linear, linear_without_bias};
 pub use mlp::Mlp;
 pub use norm::{LayerNorm, RmsNorm};

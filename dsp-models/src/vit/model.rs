@@ -5,14 +5,14 @@ use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::Phase;
-use dsp_core::linear::{affine, project, project_without_bias};
+use dsp_core::linear::{affine, project};
 use dsp_core::session::{StageRun, Stages};
 use dsp_core::shape::reshape;
-use dsp_core::{Session, Shard};
+use dsp_core::{Ending, Session, Shard};
 
 use super::config::{PATCHES, VitConfig};
 use crate::error::{ConfigError, ModelError};
-use crate::layers::{LayerNorm, Target, bias, cross_entropy, gelu, linear, narrow, parameter};
+use crate::layers::{LayerNorm, Target, cross_entropy, gelu, linear, narrow, parameter};
 use crate::random::{Draws, Purpose};
 use crate::video_dit::{PatchOrder, patchify};
 
@@ -42,11 +42,11 @@ pub struct Attention {
 }
 
 impl Attention {
+    /// From the normed residual stream to what the last projection takes, with which the sub-layer ends.
     fn forward(&self, x: Shard, stage: &StageRun<'_>) -> Result<Shard, ModelError> {
         let x = stage.enter(x)?.map(|x| project(x, &self.qkv))?;
         let [query, key, value] = x.chunks();
-        let x = stage.attend(query, key, value)?;
-        Ok(stage.project(x, &self.proj)?)
+        Ok(stage.attend(query, key, value)?)
     }
 }
 
@@ -77,16 +77,14 @@ impl Block {
         let stage = stages.attention()?;
         let x = stage.arrange(x)?;
         let h = x.clone().map(|x| self.norm1.forward(x))?;
-        let x = x.plus(self.attn.forward(h, &stage)?)?;
+        let h = self.attn.forward(h, &stage)?;
+        let x = stage.end(x, h, Ending::of(&self.attn.proj))?;
 
         let stage = stages.feed_forward()?;
         let x = stage.arrange(x)?;
         let h = x.clone().map(|x| self.norm2.forward(x))?;
-        let inner = stage.enter(h)?.map(|x| {
-            let inner = gelu(project(x, &self.mlp.fc1));
-            project_without_bias(inner, &self.mlp.fc2)
-        })?;
-        Ok(x.plus(stage.leave(inner, bias(&self.mlp.fc2))?)?)
+        let h = stage.enter(h)?.map(|x| gelu(project(x, &self.mlp.fc1)))?;
+        Ok(stage.end(x, h, Ending::of(&self.mlp.fc2))?)
     }
 }
 

@@ -192,18 +192,14 @@ impl Own {
         let Self { landing, ranges } = self;
         let mut ranges = ranges.into_iter();
         tell(&mut |piece| {
-            let length = |range: &Range<usize>| range.len();
-            let range = ranges.next();
-            assert_eq!(
-                range.as_ref().map(length),
-                Some(piece.len()),
-                "a piece for each range"
-            );
-            let start = range.map_or(0, |range| range.start);
+            let next = ranges.next();
+            let Some(range) = next.filter(|range| range.len() == piece.len()) else {
+                panic!("a piece for each range");
+            };
             // SAFETY: the range lies in the landing's vector and belongs to nobody else (`lend`), and it is as
             // long as the piece, which borrows memory of somebody else.
             unsafe {
-                let target = landing.start.add(start);
+                let target = landing.start.add(range.start);
                 std::ptr::copy_nonoverlapping(piece.as_ptr(), target, piece.len());
             }
         });
