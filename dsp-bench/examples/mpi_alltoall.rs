@@ -20,8 +20,8 @@ static MEMORY: CountingAllocator = CountingAllocator::new();
 
 /// Time, space, channels.
 const SHAPE: [usize; 3] = [112, 256, 1152];
-const REPEATS: usize = 15;
-const ROUNDS: usize = 5;
+const REPEATS: usize = 50;
+const ROUNDS: usize = 8;
 
 fn main() -> anyhow::Result<()> {
     MEMORY.keep_freed_pages();

@@ -105,6 +105,8 @@ pub struct Arrival {
 )]
 #[derive(Debug, Clone, Copy)]
 struct Times {
+    /// When the engine had laid this rank's own part where it belongs, if it did so: until then nobody was waited for.
+    laid: Option<Instant>,
     /// When all that send had entered.
     entered: Instant,
     /// When all had arrived.
@@ -115,7 +117,8 @@ struct Times {
 impl Times {
     /// How long a rank that came at `start` waited for the others.
     fn waited(&self, start: Instant) -> Duration {
-        self.entered.saturating_duration_since(start)
+        let since = self.laid.map_or(start, |laid| laid.max(start));
+        self.entered.saturating_duration_since(since)
     }
 
     /// How long data were moved before it came.

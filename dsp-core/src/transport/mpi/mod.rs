@@ -350,6 +350,12 @@ impl Transport for MpiTransport {
         let bytes: usize = outgoing.iter().flatten().map(Outgoing::len).sum();
         job.process.sent.fetch_add(bytes as u64, Ordering::Relaxed);
         let arrived = Arc::new(AtomicBool::new(false));
+        // A rank with a core of its own lays its part beside the communication thread. Where both have one core, the
+        // thread does it: two that want to run make each other, and other ranks, wait for the system to change.
+        let (by_thread, by_rank) = match job.process.place.cores {
+            1 => (laying, None),
+            _ => (None, laying),
+        };
         job.process.command(Command::Enter(Box::new(Entry {
             launch: job.launch,
             group: self.group,
@@ -359,9 +365,10 @@ impl Transport for MpiTransport {
             digest: digest(&(&exchange.before, &exchange.after)),
             outgoing,
             incoming,
+            laying: by_thread,
             arrived: arrived.clone(),
         })));
-        if let Some(laying) = laying {
+        if let Some(laying) = by_rank {
             laying.lay();
         }
         Ok(Box::new(MpiPending {

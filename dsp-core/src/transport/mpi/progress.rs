@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use ferrompi::{Communicator, CustomDatatype, Scope, Source, Tag};
 
 use super::lent::{Flights, Incoming, Landed, Outgoing};
+use super::parcel::Laying;
 use super::wire::{Announcement, CONTROL, DATA_TAGS, Envelope, Message};
 use crate::error::{Call, CommError};
 use crate::transport::Times;
@@ -101,6 +102,8 @@ pub(super) struct Entry {
     pub(super) digest: u64,
     pub(super) outgoing: Vec<Vec<Outgoing>>,
     pub(super) incoming: Vec<Vec<Incoming>>,
+    /// What this thread is to lay into the block while messages are on their way.
+    pub(super) laying: Option<Laying>,
     /// Set when all has arrived.
     pub(super) arrived: Arc<AtomicBool>,
 }
@@ -147,6 +150,7 @@ struct Own {
     /// Members that send here and have not been heard, and requests under way.
     missing: Vec<usize>,
     receiving: usize,
+    laid: Option<Instant>,
     entered: Option<Instant>,
     /// When all had arrived.
     done: Option<Instant>,
@@ -382,6 +386,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             digest,
             outgoing,
             incoming,
+            laying,
             arrived,
         } = entry;
         let Some(state) = self.launches.get_mut(&launch) else {
@@ -414,6 +419,10 @@ impl<'s, 'env> Progress<'s, 'env> {
                 self.send(outgoing, members[peer], tag)?;
             }
         }
+        let laid = laying.map(|laying| {
+            laying.lay();
+            Instant::now()
+        });
         let missing = (incoming.iter().enumerate())
             .filter(|(_, room)| !room.is_empty())
             .map(|(peer, _)| members[peer])
@@ -430,6 +439,7 @@ impl<'s, 'env> Progress<'s, 'env> {
             incoming,
             missing,
             receiving: 0,
+            laid,
             entered: None,
             done: None,
             arrived,
@@ -549,7 +559,11 @@ impl<'s, 'env> Progress<'s, 'env> {
                 let arrived = *own.done.get_or_insert_with(Instant::now);
                 own.arrived.store(true, Ordering::Relaxed);
                 if let Some((answer, ..)) = own.waiter.take() {
-                    let _ = answer.send(Ok(Times { entered, arrived }));
+                    let _ = answer.send(Ok(Times {
+                        laid: own.laid,
+                        entered,
+                        arrived,
+                    }));
                     own.taken = true;
                 }
             }

@@ -522,8 +522,11 @@ impl<M: Mover> Worker<M> {
                 let Entry { boxes, reply, .. } = entry;
                 drop(boxes);
                 // Whoever does not wait for it has no use for it.
-                let arrived = Instant::now();
-                let _ = reply.send(Ok(Times { entered, arrived }));
+                let _ = reply.send(Ok(Times {
+                    laid: None,
+                    entered,
+                    arrived: Instant::now(),
+                }));
             }
             Err(error) => {
                 // Before the boxes are given back: they may be in use until then.
