@@ -4,13 +4,15 @@
 //! A kernel is a [`WithSimd`] of pulp, generic over the width of a vector; [`Level::run`] compiles
 //! it once for each instruction set and picks the best that the processor has.
 
+mod ahead;
 mod exp;
 mod product;
 
 use pulp::{Simd, WithSimd};
 
+pub(crate) use ahead::{Ahead, Run};
 pub(crate) use exp::{exp2, exp2_row, row_max};
-pub(crate) use product::{Left, Store, multiply, panel_width};
+pub(crate) use product::{Left, Store, multiply, multiply_ahead, panel_width};
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy)]

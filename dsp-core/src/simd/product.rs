@@ -27,6 +27,8 @@
 
 use pulp::{Simd, WithSimd};
 
+use super::Ahead;
+
 /// Vectors in a row of a panel.
 const VECTORS: usize = 2;
 
@@ -92,6 +94,8 @@ pub(crate) struct Product<'a> {
     pub(crate) out: &'a mut [f32],
     pub(crate) out_row: usize,
     pub(crate) store: Store,
+    /// What is asked for meanwhile.
+    pub(crate) ahead: &'a mut Ahead,
 }
 
 /// A [`Product`], inside a kernel: `right` are panels of so many steps, `out` has rows that lie so far apart.
@@ -103,9 +107,27 @@ pub(crate) fn multiply<S: Simd>(
     simd: S,
     sizes: [usize; 3],
     left: Left<'_>,
+    right: (&[f32], usize),
+    out: (&mut [f32], usize),
+    store: Store,
+) {
+    let ahead = &mut Ahead::default();
+    multiply_ahead(simd, sizes, left, right, out, store, ahead);
+}
+
+/// As [`multiply`], and asks meanwhile for what is wanted next.
+///
+/// # Panics
+/// As [`Product`].
+#[inline(always)]
+pub(crate) fn multiply_ahead<S: Simd>(
+    simd: S,
+    sizes: [usize; 3],
+    left: Left<'_>,
     (right, steps): (&[f32], usize),
     (out, out_row): (&mut [f32], usize),
     store: Store,
+    ahead: &mut Ahead,
 ) {
     let right = Right {
         data: right,
@@ -118,6 +140,7 @@ pub(crate) fn multiply<S: Simd>(
         out,
         out_row,
         store,
+        ahead,
     });
 }
 
@@ -144,6 +167,7 @@ impl Product<'_> {
             out,
             out_row,
             store,
+            ahead,
         } = self;
         if m == 0 || n == 0 {
             return;
@@ -179,6 +203,7 @@ impl Product<'_> {
                         tile.rows::<S, ROWS, 1>(simd, m - row);
                     }
                 }
+                ahead.worked(ROWS * width * k);
             }
         }
     }
@@ -318,6 +343,7 @@ mod tests {
                     out: &mut out,
                     out_row,
                     store: if add { Store::Add } else { Store::Set },
+                    ahead: &mut Ahead::default(),
                 });
                 for i in 0..m {
                     for j in 0..out_row {
@@ -357,6 +383,7 @@ mod tests {
             out: &mut [0.0; 32],
             out_row: 16,
             store: Store::Set,
+            ahead: &mut Ahead::default(),
         });
     }
 }

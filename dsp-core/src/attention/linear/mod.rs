@@ -140,6 +140,24 @@ pub struct States {
 }
 
 impl States {
+    /// What kernels give: the last state, `[B, Hq, d, dv]`, and those that the blocks meet, `[B, Hq, blocks·d, dv]`.
+    #[cfg(feature = "flex")]
+    fn of(
+        [last, met]: [Tensor<4>; 2],
+        (length, block): (usize, usize),
+        direction: Direction,
+    ) -> Self {
+        let [samples, heads, d, dv] = last.dims();
+        let blocks = length.div_ceil(block);
+        Self {
+            last,
+            met: met.reshape([samples, heads, blocks, d, dv]),
+            block,
+            length,
+            direction,
+        }
+    }
+
     /// The positions of each block; there is none where there are no states.
     fn blocks(&self) -> Vec<Range<usize>> {
         match self.met.dims()[2] {
@@ -204,16 +222,8 @@ fn states_by(way: Way, ab: [&Tensor<4>; 2], direction: Direction, problem: &Prob
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(ab) {
         let (length, block) = (ab[0].dims()[1], way.block());
-        let blocks = ranges(length, block);
-        let [last, met] = flex::states(level, ab, &blocks, direction, problem);
-        let [samples, heads, d, dv] = last.dims();
-        return States {
-            last,
-            met: met.reshape([samples, heads, blocks.len(), d, dv]),
-            block,
-            length,
-            direction,
-        };
+        let states = flex::states(level, ab, &ranges(length, block), direction, problem);
+        return States::of(states, (length, block), direction);
     }
     portable::states(way.block(), ab, direction, problem)
 }
@@ -298,12 +308,14 @@ pub fn forward(q: &Tensor<4>, k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -
 fn forward_by(way: Way, qkv: [&Tensor<4>; 3], problem: &Problem) -> Chunk {
     check(qkv, problem);
     let [q, k, v] = qkv;
-    let states = states_by(way, [k, v], Direction::Forward, problem);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(qkv) {
-        let output = flex::output(level, qkv, Some(&states.met), &states.blocks(), problem);
+        let (length, block) = (q.dims()[1], way.block());
+        let (output, states) = flex::forward(level, qkv, &ranges(length, block), problem);
+        let states = States::of(states, (length, block), Direction::Forward);
         return Chunk { output, states };
     }
+    let states = states_by(way, [k, v], Direction::Forward, problem);
     let within = within_by(way, qkv, problem);
     let output = within.output_by(way, q, &states, problem);
     Chunk { output, states }
@@ -434,14 +446,13 @@ fn backward_by(
     problem: &Problem,
 ) -> Gradients {
     check(qkv, problem);
-    let after = states_by(way, [qkv[0], dout], Direction::Backward, problem);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level([qkv[0], qkv[1], qkv[2], dout]) {
-        // Both parts of a block at once: what is at hand is not fetched again.
-        let met = (&states.met, Some(&after.met));
-        let [query, key, value] = flex::gradients(level, qkv, dout, met, &states.blocks(), problem);
+        let [query, key, value] =
+            flex::backward(level, qkv, dout, &states.met, &states.blocks(), problem);
         return Gradients { query, key, value };
     }
+    let after = states_by(way, [qkv[0], dout], Direction::Backward, problem);
     let within = gradients_within_by(way, qkv, states, dout, problem);
     within.gradients_by(way, qkv, &after, problem)
 }

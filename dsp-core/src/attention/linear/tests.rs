@@ -84,6 +84,15 @@ impl Case {
         [out.inner(), dq, dk, dv]
     }
 
+    /// As one chunk, by the passes for such.
+    fn at_once(&self, way: Way, dtype: DType) -> [Tensor<4>; 4] {
+        let [q, k, v, dout] = &self.inputs(&Device::flex(), dtype);
+        let chunk = forward_by(way, [q, k, v], &self.problem);
+        let Gradients { query, key, value } =
+            backward_by(way, [q, k, v], &chunk.states, dout, &self.problem);
+        [chunk.output, query, key, value]
+    }
+
     /// In chunks of the given lengths, each of which gets its states from the others.
     fn chunked(&self, way: Way, dtype: DType, lengths: &[usize]) -> [Tensor<4>; 4] {
         let device = Device::flex();
@@ -202,11 +211,7 @@ proptest! {
         for level in Level::all() {
             let way = Way::Flex(level, block);
             let found = case.chunked(way, DType::F32, &lengths);
-            let [q, k, v, dout] = &case.inputs(&Device::flex(), DType::F32);
-            let chunk = forward_by(way, [q, k, v], &case.problem);
-            let Gradients { query, key, value } =
-                backward_by(way, [q, k, v], &chunk.states, dout, &case.problem);
-            let at_once = [chunk.output, query, key, value];
+            let at_once = case.at_once(way, DType::F32);
             for ((found, at_once), expected) in found.iter().zip(&at_once).zip(&expected) {
                 let size = values(expected).into_iter().fold(1.0, |size: f64, x| size.max(x.abs()));
                 for found in [found, at_once] {
@@ -240,15 +245,20 @@ fn kernels_give_the_same_bits_on_any_number_of_threads_and_whatever_follows_in_a
         width: [24, 20],
         problem: cut_heads(),
     };
-    let run = |threads, length: usize| {
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        let run = || case(length).chunked(way, DType::F32, &[length]);
-        threads.build().unwrap().install(run)
-    };
-    let expected = run(1, 3 * BLOCK + 5);
-    for found in [run(2, 3 * BLOCK + 5), run(3, 3 * BLOCK + 5)] {
-        for (found, expected) in found.iter().zip(&expected) {
-            assert_eq!(values(found), values(expected));
+    let length = 3 * BLOCK + 5;
+    let steps = || case(length).chunked(way, DType::F32, &[length]);
+    // In one sweep as long as each thread has one of the eight query heads, and of the six key-value heads, of two samples.
+    let at_once = || case(length).at_once(way, DType::F32);
+    for run in [&steps as &(dyn Fn() -> [Tensor<4>; 4] + Sync), &at_once] {
+        let on = |threads| {
+            let threads = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            threads.build().unwrap().install(run)
+        };
+        let expected = on(1);
+        for found in [2, 3, 7, 9].map(on) {
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_eq!(values(found), values(expected));
+            }
         }
     }
     // The inputs depend on the length: the same rows are those of a case cut short.

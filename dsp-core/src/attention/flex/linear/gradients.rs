@@ -16,7 +16,7 @@ use super::super::rows::{Rows, RowsOut};
 use super::super::{Head, heads_of, pack, tensor};
 use super::{Powers, STRIP, input, states_of, write};
 use crate::attention::linear::Problem;
-use crate::simd::{Left, Level, Store, multiply, panel_width};
+use crate::simd::{Ahead, Left, Level, Store, multiply_ahead, panel_width};
 
 /// The gradients of the query, the key and the value, from the rows of each block and the state before it, and with
 /// what the gradients of the states after the blocks contribute, if they are known.
@@ -33,14 +33,15 @@ pub(in crate::attention) fn gradients(
     let (met, after) = (states_of(met), after.map(states_of));
     let mut dq = vec![0.0; shape.iter().product()];
     let [q, dout] = inputs.each_ref().map(Rows::of);
+    let before = Before {
+        q,
+        dout,
+        met: Rows::of(&met),
+    };
+    let to = RowsOut::new(&mut dq, [shape[0], shape[1], shape[2]], shape[3]);
     let terms = GradientTerms {
         base: None,
-        before: Some(Before {
-            q,
-            dout,
-            met: Rows::of(&met),
-            dq: RowsOut::new(&mut dq, [shape[0], shape[1], shape[2]], shape[3]),
-        }),
+        before: Some((before, to)),
         after: after.as_ref().map(Rows::of),
     };
     let [dk, dv] = key_gradients(level, [k, v], terms, blocks, problem);
@@ -111,7 +112,7 @@ fn key_gradients(
 
 /// What a thread needs for a block; kept from one to the next.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     q: Vec<f32>,
     q_panels: Vec<f32>,
     k: Vec<f32>,
@@ -120,13 +121,16 @@ struct Scratch {
     v: Vec<f32>,
     v_transposed: Vec<f32>,
     dout: Vec<f32>,
-    dout_panels: Vec<f32>,
+    /// Of the output's gradient, once `before` has packed it.
+    pub(super) dout_panels: Vec<f32>,
     state: Vec<f32>,
     weights: Vec<f32>,
     dweights: Vec<f32>,
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// What is read and written after this block.
+    pub(super) ahead: Ahead,
 }
 
 /// One backward: what is read, and what is written.
@@ -143,17 +147,17 @@ struct Backward<'a> {
 struct GradientTerms<'a> {
     /// What is there already of the key's and the value's.
     base: Option<[Rows<'a>; 2]>,
-    before: Option<Before<'a>>,
+    /// And where the query's is written.
+    before: Option<(Before<'a>, RowsOut<'a>)>,
     /// What the gradients of the states give that come after the blocks.
     after: Option<Rows<'a>>,
 }
 
 /// What the rows of a block and the state before it give.
-struct Before<'a> {
-    q: Rows<'a>,
-    dout: Rows<'a>,
-    met: Rows<'a>,
-    dq: RowsOut<'a>,
+pub(super) struct Before<'a> {
+    pub(super) q: Rows<'a>,
+    pub(super) dout: Rows<'a>,
+    pub(super) met: Rows<'a>,
 }
 
 /// A block of one key-value head, with all its query heads.
@@ -180,52 +184,92 @@ impl WithSimd for BlockBack<'_> {
         let (sample, count) = (head.sample, rows.len());
         let Backward { k, v, terms, .. } = backward;
         let widths @ [d, dv] = [k.width(), v.width()];
-        let [k_row, v_row] = widths.map(|width| width.next_multiple_of(S::F32_LANES));
-        for (sum, row) in [(&mut scratch.dk, k_row), (&mut scratch.dv, v_row)] {
-            sum.clear();
-            sum.resize(count * row, 0.0);
-        }
         let (of_k, of_v) = (
             k.positions(sample, &rows, head.kv),
             v.positions(sample, &rows, head.kv),
         );
+        scratch.enter::<S>(count, widths);
         if terms.before.is_some() {
-            pack::panels::<S>(&mut scratch.k_panels, of_k.clone(), count, d);
-            pack::transposed_panels::<S>(&mut scratch.k_transposed, of_k.clone(), count, d);
-            pack::transposed_panels::<S>(&mut scratch.v_transposed, of_v.clone(), count, dv);
+            scratch.pack::<S>((of_k.clone(), of_v.clone()), count, widths);
         }
         let states = index * d..(index + 1) * d;
         for query in head.query.clone() {
             let powers = &backward.powers[query];
-            if let Some(before) = &terms.before {
+            if let Some((before, dq)) = &terms.before {
                 scratch.before(simd, before, powers, (sample, &rows, query), &states);
+                for (position, from) in rows.clone().zip(scratch.query_gradient::<S>(d)) {
+                    // SAFETY: this block alone has these rows of this head, and each is written once.
+                    let to = unsafe { dq.row([sample, position, query]) };
+                    write(to, from, None);
+                }
             }
             if let Some(after) = &terms.after {
-                let aged = || (0..count).map(|row| powers.aged(row, count));
-                pack::weighted_rows::<S>(&mut scratch.k, of_k.clone().zip(aged()), d);
-                pack::weighted_rows::<S>(&mut scratch.v, of_v.clone().zip(aged()), dv);
                 let state = after.positions(sample, &states, query);
-                scratch.after(simd, state, [count, d, dv]);
+                let kv = (of_k.clone(), of_v.clone());
+                scratch.after(simd, kv, state, powers, [count, d, dv]);
             }
         }
-        for (offset, position) in rows.enumerate() {
+        let [of_k, of_v] = scratch.key_gradients::<S>(widths);
+        for (position, (of_k, of_v)) in rows.zip(of_k.zip(of_v)) {
             let at = [sample, position, head.kv];
             // SAFETY: this block alone has these rows of this head, and each is written once.
             let (dk, dv) = unsafe { (backward.dk.row(at), backward.dv.row(at)) };
-            let [of_k, of_v] = match &terms.base {
+            let [base_k, base_v] = match &terms.base {
                 Some(base) => base.each_ref().map(|base| Some(base.row(at))),
                 None => [None, None],
             };
-            write(dk, &scratch.dk[offset * k_row..], of_k);
-            write(dv, &scratch.dv[offset * v_row..], of_v);
+            write(dk, of_k, base_k);
+            write(dv, of_v, base_v);
         }
     }
 }
 
 impl Scratch {
-    /// Adds to `dk` and `dv` what the rows of the block give, and writes `dq`.
+    /// Begins a block of `count` rows of a key-value head.
     #[inline(always)]
-    fn before<S: Simd>(
+    pub(super) fn enter<S: Simd>(&mut self, count: usize, widths: [usize; 2]) {
+        let [k_row, v_row] = widths.map(|width| width.next_multiple_of(S::F32_LANES));
+        for (sum, row) in [(&mut self.dk, k_row), (&mut self.dv, v_row)] {
+            sum.clear();
+            sum.resize(count * row, 0.0);
+        }
+    }
+
+    /// Packs the keys and values as [`before`](Self::before) needs them.
+    #[inline(always)]
+    pub(super) fn pack<'a, S: Simd>(
+        &mut self,
+        (k, v): (
+            impl Iterator<Item = &'a [f32]> + Clone,
+            impl Iterator<Item = &'a [f32]>,
+        ),
+        count: usize,
+        [d, dv]: [usize; 2],
+    ) {
+        pack::panels::<S>(&mut self.k_panels, k.clone(), count, d);
+        pack::transposed_panels::<S>(&mut self.k_transposed, k, count, d);
+        pack::transposed_panels::<S>(&mut self.v_transposed, v, count, dv);
+    }
+
+    /// The gradients of the block's keys and values: their rows, in whole vectors.
+    #[inline(always)]
+    pub(super) fn key_gradients<S: Simd>(
+        &self,
+        [d, dv]: [usize; 2],
+    ) -> [impl Iterator<Item = &[f32]>; 2] {
+        [(&self.dk, d), (&self.dv, dv)]
+            .map(|(sums, width)| sums.chunks_exact(width.next_multiple_of(S::F32_LANES)))
+    }
+
+    /// The gradient of the block's queries, once `before` has been called: its rows, in whole vectors.
+    #[inline(always)]
+    pub(super) fn query_gradient<S: Simd>(&self, d: usize) -> impl Iterator<Item = &[f32]> {
+        self.dq.chunks_exact(d.next_multiple_of(S::F32_LANES))
+    }
+
+    /// Adds to `dk` and `dv` what the rows of a query head's block give, and makes the query's gradient.
+    #[inline(always)]
+    pub(super) fn before<S: Simd>(
         &mut self,
         simd: S,
         before: &Before<'_>,
@@ -233,7 +277,7 @@ impl Scratch {
         (sample, rows, head): (usize, &Range<usize>, usize),
         states: &Range<usize>,
     ) {
-        let Before { q, dout, met, dq } = before;
+        let Before { q, dout, met } = before;
         let (lanes, panel) = (S::F32_LANES, panel_width::<S>());
         let (count, d, dv) = (rows.len(), q.width(), dout.width());
         let [q_row, v_row] = [d, dv].map(|width| width.next_multiple_of(lanes));
@@ -249,13 +293,14 @@ impl Scratch {
         pack::transposed_panels::<S>(&mut self.state, state, d, dv);
         let out = &mut self.dq;
         out.resize(count * q_row, 0.0);
-        multiply(
+        multiply_ahead(
             simd,
             [count, d, dv],
             Left::rows(&self.dout, v_row),
             (&self.state, dv),
             (out, q_row),
             Store::Set,
+            &mut self.ahead,
         );
         for (row, out) in out.chunks_exact_mut(q_row).take(count).enumerate() {
             let reached = powers.reached(row);
@@ -268,21 +313,23 @@ impl Scratch {
         for first in (0..count).step_by(STRIP) {
             let end = count.min(first + STRIP);
             let strip = end - first;
-            multiply(
+            multiply_ahead(
                 simd,
                 [strip, end, d],
                 Left::rows(&self.q[first * q_row..], q_row),
                 (&self.k_transposed, d),
                 (&mut self.weights, score_row),
                 Store::Set,
+                &mut self.ahead,
             );
-            multiply(
+            multiply_ahead(
                 simd,
                 [strip, end, dv],
                 Left::rows(&self.dout[first * v_row..], v_row),
                 (&self.v_transposed, dv),
                 (&mut self.dweights, score_row),
                 Store::Set,
+                &mut self.ahead,
             );
             for row in first..end {
                 let begin = (row - first) * score_row;
@@ -292,65 +339,73 @@ impl Scratch {
             }
             let [weights, dweights] = [&self.weights, &self.dweights];
             let from = first * panel;
-            multiply(
+            multiply_ahead(
                 simd,
                 [strip, d, end],
                 Left::rows(dweights, score_row),
                 (&self.k_panels, count),
                 (&mut out[first * q_row..], q_row),
                 Store::Add,
+                &mut self.ahead,
             );
-            multiply(
+            multiply_ahead(
                 simd,
                 [end, d, strip],
                 Left::columns(dweights, score_row),
                 (&self.q_panels[from..], count),
                 (&mut self.dk, q_row),
                 Store::Add,
+                &mut self.ahead,
             );
-            multiply(
+            multiply_ahead(
                 simd,
                 [end, dv, strip],
                 Left::columns(weights, score_row),
                 (&self.dout_panels[from..], count),
                 (&mut self.dv, v_row),
                 Store::Add,
+                &mut self.ahead,
             );
-        }
-        for (position, out) in rows.clone().zip(out.chunks_exact(q_row)) {
-            // SAFETY: this block alone has these rows of this head, and each is written once.
-            let to = unsafe { dq.row([sample, position, head]) };
-            write(to, out, None);
         }
     }
 
     /// Adds to `dk` and `dv` what the gradient of the state after the block gives, by the aged keys and values.
     #[inline(always)]
-    fn after<'a, S: Simd>(
+    pub(super) fn after<'a, 's, S: Simd>(
         &mut self,
         simd: S,
-        state: impl Iterator<Item = &'a [f32]> + Clone,
+        (k, v): (
+            impl Iterator<Item = &'a [f32]>,
+            impl Iterator<Item = &'a [f32]>,
+        ),
+        state: impl Iterator<Item = &'s [f32]> + Clone,
+        powers: &Powers,
         [count, d, dv]: [usize; 3],
     ) {
+        let aged = || (0..count).map(|row| powers.aged(row, count));
+        pack::weighted_rows::<S>(&mut self.k, k.zip(aged()), d);
+        pack::weighted_rows::<S>(&mut self.v, v.zip(aged()), dv);
         let lanes = S::F32_LANES;
         let [k_row, v_row] = [d, dv].map(|width| width.next_multiple_of(lanes));
         pack::panels::<S>(&mut self.state, state.clone(), d, dv);
-        multiply(
+        multiply_ahead(
             simd,
             [count, dv, d],
             Left::rows(&self.k, k_row),
             (&self.state, d),
             (&mut self.dv, v_row),
             Store::Add,
+            &mut self.ahead,
         );
         pack::transposed_panels::<S>(&mut self.state, state, d, dv);
-        multiply(
+        multiply_ahead(
             simd,
             [count, d, dv],
             Left::rows(&self.v, v_row),
             (&self.state, dv),
             (&mut self.dk, k_row),
             Store::Add,
+            &mut self.ahead,
         );
     }
 }

@@ -9,11 +9,13 @@
 //! ```
 //!
 //! States run through the blocks of a head one after the other (`states.rs`); once they are known, all blocks of all heads are
-//! computed side by side: `output.rs` and `gradients.rs`. A row's bits depend on neither the number of threads nor the rows after it in its block.
+//! computed side by side: `output.rs` and `gradients.rs`. A whole chunk goes in one sweep, where every thread has a head:
+//! `sweep`. A row's bits depend on neither the number of threads nor the rows after it in its block.
 
 mod gradients;
 mod output;
 mod states;
+mod sweep;
 
 use std::ops::Range;
 
@@ -22,11 +24,50 @@ use burn::tensor::Tensor;
 
 use super::flex;
 use super::rows::readable;
+use crate::attention::chunks::Direction;
 use crate::attention::linear::Problem;
+use crate::simd::Level;
 
 pub(in crate::attention) use gradients::{gradients, gradients_after};
 pub(in crate::attention) use output::{output, output_after};
 pub(in crate::attention) use states::states;
+
+/// A chunk before which there is nothing: the output, `[B, L, Hq, dv]`, and as [`states`] the states.
+pub(in crate::attention) fn forward(
+    level: Level,
+    qkv: [&Tensor<4>; 3],
+    blocks: &[Range<usize>],
+    problem: &Problem,
+) -> (Tensor<4>, [Tensor<4>; 2]) {
+    let [q, k, v] = qkv;
+    let [samples, _, heads, d] = q.dims();
+    if sweep::fits(samples, heads) {
+        return sweep::forward(level, qkv, blocks, problem);
+    }
+    let [last, met] = states(level, [k, v], blocks, Direction::Forward, problem);
+    let of_blocks = [samples, heads, blocks.len(), d, v.dims()[3]];
+    let met_by = met.clone().reshape(of_blocks);
+    let output = output(level, qkv, Some(&met_by), blocks, problem);
+    (output, [last, met])
+}
+
+/// The gradients of the query, the key and the value of a chunk after which nothing follows.
+pub(in crate::attention) fn backward(
+    level: Level,
+    qkv: [&Tensor<4>; 3],
+    dout: &Tensor<4>,
+    met: &Tensor<5>,
+    blocks: &[Range<usize>],
+    problem: &Problem,
+) -> [Tensor<4>; 3] {
+    let [q, k, _] = qkv;
+    if sweep::fits(k.dims()[0], k.dims()[2]) {
+        return sweep::backward(level, qkv, dout, met, blocks, problem);
+    }
+    let [_, after] = states(level, [q, dout], blocks, Direction::Backward, problem);
+    let after = after.reshape(met.dims());
+    gradients(level, qkv, dout, (met, Some(&after)), blocks, problem)
+}
 
 /// Rows whose scores are taken at once. More of them read what is packed less often, and compute more scores that lie
 /// right of the diagonal.

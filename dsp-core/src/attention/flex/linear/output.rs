@@ -16,7 +16,7 @@ use super::super::rows::{Rows, RowsOut};
 use super::super::{pack, tensor};
 use super::{Powers, STRIP, input, states_of, write};
 use crate::attention::linear::Problem;
-use crate::simd::{Left, Level, Store, multiply};
+use crate::simd::{Ahead, Left, Level, Store, multiply_ahead};
 
 /// The output: `[B, L, Hq, dv]`. Of the rows of each block alone, or with what the states that they meet give them.
 pub(in crate::attention) fn output(
@@ -100,13 +100,102 @@ fn outputs(
 
 /// What a thread needs for a block; kept from one to the next.
 #[derive(Default)]
-struct Scratch {
+pub(super) struct Scratch {
     q: Vec<f32>,
     k_transposed: Vec<f32>,
-    v_panels: Vec<f32>,
+    /// Of the values, once the rows of the block have given each other what they do.
+    pub(super) v_panels: Vec<f32>,
     state: Vec<f32>,
     weights: Vec<f32>,
-    out: Vec<f32>,
+    /// The output, in rows of whole vectors.
+    pub(super) out: Vec<f32>,
+    /// What is read and written after this block.
+    pub(super) ahead: Ahead,
+}
+
+impl Scratch {
+    /// Begins a block of `count` rows.
+    #[inline(always)]
+    pub(super) fn enter<'a, S: Simd>(
+        &mut self,
+        q: impl Iterator<Item = &'a [f32]>,
+        [count, d, dv]: [usize; 3],
+    ) {
+        pack::by_rows::<S>(&mut self.q, q, d, 1.0);
+        self.out.clear();
+        let row = dv.next_multiple_of(S::F32_LANES);
+        self.out.resize(count * row, 0.0);
+    }
+
+    /// Writes what the state before the block gives, whose rows are `state`.
+    #[inline(always)]
+    pub(super) fn reach<'a, S: Simd>(
+        &mut self,
+        simd: S,
+        state: impl Iterator<Item = &'a [f32]>,
+        powers: &Powers,
+        [count, d, dv]: [usize; 3],
+    ) {
+        let [q_row, out_row] = [d, dv].map(|width| width.next_multiple_of(S::F32_LANES));
+        pack::panels::<S>(&mut self.state, state, d, dv);
+        multiply_ahead(
+            simd,
+            [count, dv, d],
+            Left::rows(&self.q, q_row),
+            (&self.state, d),
+            (&mut self.out, out_row),
+            Store::Set,
+            &mut self.ahead,
+        );
+        for (row, out) in self.out.chunks_exact_mut(out_row).enumerate() {
+            let reached = powers.reached(row);
+            out.iter_mut().for_each(|x| *x *= reached);
+        }
+    }
+
+    /// Adds what the rows of the block give each other.
+    #[inline(always)]
+    pub(super) fn within<'a, S: Simd>(
+        &mut self,
+        simd: S,
+        (k, v): (
+            impl Iterator<Item = &'a [f32]>,
+            impl Iterator<Item = &'a [f32]>,
+        ),
+        powers: &Powers,
+        [count, d, dv]: [usize; 3],
+    ) {
+        let [q_row, out_row] = [d, dv].map(|width| width.next_multiple_of(S::F32_LANES));
+        pack::transposed_panels::<S>(&mut self.k_transposed, k, count, d);
+        pack::panels::<S>(&mut self.v_panels, v, count, dv);
+        let score_row = padded(count);
+        self.weights.resize(STRIP * score_row, 0.0);
+        for first in (0..count).step_by(STRIP) {
+            let end = count.min(first + STRIP);
+            multiply_ahead(
+                simd,
+                [end - first, end, d],
+                Left::rows(&self.q[first * q_row..], q_row),
+                (&self.k_transposed, d),
+                (&mut self.weights, score_row),
+                Store::Set,
+                &mut self.ahead,
+            );
+            for row in first..end {
+                let begin = (row - first) * score_row;
+                powers.weigh(row, &mut self.weights[begin..begin + end]);
+            }
+            multiply_ahead(
+                simd,
+                [end - first, dv, end],
+                Left::rows(&self.weights, score_row),
+                (&self.v_panels, count),
+                (&mut self.out[first * out_row..], out_row),
+                Store::Add,
+                &mut self.ahead,
+            );
+        }
+    }
 }
 
 /// One forward: what is read, and what is written.
@@ -161,67 +250,21 @@ impl WithSimd for Block<'_> {
             ..
         } = forward;
         let powers = &forward.powers[head];
-        let lanes = S::F32_LANES;
         let (count, d, dv) = (rows.len(), q.width(), *dv);
-        let [q_row, out_row] = [d, dv].map(|width| width.next_multiple_of(lanes));
-        let Scratch {
-            q: packed_q,
-            k_transposed,
-            v_panels,
-            state,
-            weights,
-            out,
-        } = scratch;
-        pack::by_rows::<S>(packed_q, q.positions(sample, &rows, head), d, 1.0);
-        out.clear();
-        out.resize(count * out_row, 0.0);
+        let out_row = dv.next_multiple_of(S::F32_LANES);
+        scratch.enter::<S>(q.positions(sample, &rows, head), [count, d, dv]);
         if let Some(met) = &terms.met {
             let of_block = index * d..(index + 1) * d;
-            pack::panels::<S>(state, met.positions(sample, &of_block, head), d, dv);
-            multiply(
-                simd,
-                [count, dv, d],
-                Left::rows(packed_q, q_row),
-                (state, d),
-                (out, out_row),
-                Store::Set,
-            );
-            for (row, out) in out.chunks_exact_mut(out_row).enumerate() {
-                let reached = powers.reached(row);
-                out.iter_mut().for_each(|x| *x *= reached);
-            }
+            let state = met.positions(sample, &of_block, head);
+            scratch.reach(simd, state, powers, [count, d, dv]);
         }
         if let Some([k, v]) = &terms.within {
             let kv_head = problem.kv_head(head);
             let of_k = k.positions(sample, &rows, kv_head);
-            pack::transposed_panels::<S>(k_transposed, of_k, count, d);
-            pack::panels::<S>(v_panels, v.positions(sample, &rows, kv_head), count, dv);
-            let score_row = padded(count);
-            weights.resize(STRIP * score_row, 0.0);
-            for first in (0..count).step_by(STRIP) {
-                let end = count.min(first + STRIP);
-                multiply(
-                    simd,
-                    [end - first, end, d],
-                    Left::rows(&packed_q[first * q_row..], q_row),
-                    (k_transposed, d),
-                    (weights, score_row),
-                    Store::Set,
-                );
-                for row in first..end {
-                    let begin = (row - first) * score_row;
-                    powers.weigh(row, &mut weights[begin..begin + end]);
-                }
-                multiply(
-                    simd,
-                    [end - first, dv, end],
-                    Left::rows(weights, score_row),
-                    (v_panels, count),
-                    (&mut out[first * out_row..], out_row),
-                    Store::Add,
-                );
-            }
+            let of_v = v.positions(sample, &rows, kv_head);
+            scratch.within(simd, (of_k, of_v), powers, [count, d, dv]);
         }
+        let out = &scratch.out;
         for (position, out) in rows.zip(out.chunks_exact(out_row)) {
             let at = [sample, position, head];
             // SAFETY: this block alone has these rows of this head, and each is written once.

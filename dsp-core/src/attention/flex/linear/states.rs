@@ -11,7 +11,7 @@ use super::super::{pack, tensor};
 use super::{Powers, input};
 use crate::attention::chunks::Direction;
 use crate::attention::linear::Problem;
-use crate::simd::{Left, Level, Store, multiply};
+use crate::simd::{Ahead, Left, Level, Store, multiply_ahead};
 
 /// The state that leaves, `[B, Hq, d, dv]`, and those that the blocks meet, `[B, Hq, blocks·d, dv]`; each block adds
 /// the outer products of its rows of `a` and `b`.
@@ -100,7 +100,7 @@ impl WithSimd for Run<'_> {
         } = scratch;
         let lanes = S::F32_LANES;
         let (d, dv) = (a.width(), b.width());
-        let [a_row, row] = [d, dv].map(|width| width.next_multiple_of(lanes));
+        let row = dv.next_multiple_of(lanes);
         state.clear();
         state.resize(d * row, 0.0);
         for step in 0..blocks.len() {
@@ -111,28 +111,57 @@ impl WithSimd for Run<'_> {
             let rows = blocks[index].clone();
             let count = rows.len();
             let met = &mut met[index * d * dv..(index + 1) * d * dv];
-            for (to, from) in met.chunks_exact_mut(dv).zip(state.chunks_exact(row)) {
-                to.copy_from_slice(&from[..dv]);
-            }
+            unpad(met, state, dv);
             let weights = (0..count).map(|row| match direction {
                 Direction::Forward => powers.aged(row, count),
                 Direction::Backward => powers.reached(row),
             });
             pack::weighted_rows::<S>(packed_a, a.positions(sample, &rows, head).zip(weights), d);
             pack::panels::<S>(packed_b, b.positions(sample, &rows, head), count, dv);
-            let whole = powers.rising[count];
-            state.iter_mut().for_each(|x| *x *= whole);
-            multiply(
+            let ahead = &mut Ahead::default();
+            hand_on(
                 simd,
-                [d, dv, count],
-                Left::columns(packed_a, a_row),
-                (packed_b, count),
-                (state, row),
-                Store::Add,
+                state,
+                powers,
+                (packed_a, packed_b),
+                [count, d, dv],
+                ahead,
             );
         }
-        for (to, from) in last.chunks_exact_mut(dv).zip(state.chunks_exact(row)) {
-            to.copy_from_slice(&from[..dv]);
-        }
+        unpad(last, state, dv);
+    }
+}
+
+/// Hands a state on over a block of `count` rows: what is left of it, and the outer products of the rows of `a`, packed
+/// with their weights, and `b`, packed as panels.
+#[inline(always)]
+pub(super) fn hand_on<S: Simd>(
+    simd: S,
+    state: &mut [f32],
+    powers: &Powers,
+    (a, b): (&[f32], &[f32]),
+    [count, d, dv]: [usize; 3],
+    ahead: &mut Ahead,
+) {
+    let [a_row, row] = [d, dv].map(|width| width.next_multiple_of(S::F32_LANES));
+    let left = powers.rising[count];
+    state.iter_mut().for_each(|x| *x *= left);
+    multiply_ahead(
+        simd,
+        [d, dv, count],
+        Left::columns(a, a_row),
+        (b, count),
+        (state, row),
+        Store::Add,
+        ahead,
+    );
+}
+
+/// The rows of a state, `dv` wide, without what fills them up to whole vectors.
+#[inline(always)]
+fn unpad(to: &mut [f32], state: &[f32], dv: usize) {
+    let row = state.len() / (to.len() / dv);
+    for (to, from) in to.chunks_exact_mut(dv).zip(state.chunks_exact(row)) {
+        to.copy_from_slice(&from[..dv]);
     }
 }

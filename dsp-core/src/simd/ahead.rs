@@ -1,0 +1,137 @@
+//! Memory that is wanted next, asked for while a product runs.
+//!
+//! ```text
+//!   products of one head   ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓ pack ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓ pack      arithmetic
+//!   rows of the next         ╵  ╵  ╵  ╵  ╵         ╵  ╵  ╵  ╵  ╵           memory: a few lines after each tile
+//! ```
+//!
+//! Small products leave the memory idle, and packing what comes next leaves the arithmetic idle. Rows of a head lie
+//! apart, so that the processor does not foresee them; and as many lines at once as a row of blocks has would only
+//! wait for each other. A hint changes no result.
+
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "a hint names an address")
+)]
+
+/// Multiply-adds for each cache line that is asked for: some 11 ns of the arithmetic of a core, in which its memory can
+/// deliver more than a line.
+const PACE: usize = 512;
+
+/// f32 in a cache line.
+const LINE: usize = 16;
+
+/// Rows in memory, which need not be there to be asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run {
+    pub(crate) start: *const f32,
+    /// Elements from one row to the next, and of a row.
+    pub(crate) stride: usize,
+    pub(crate) width: usize,
+}
+
+/// What is wanted next; nothing by default.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    runs: Vec<Run>,
+    /// Rows of each run, and which of them is the next.
+    rows: usize,
+    row: usize,
+    /// The run whose row is the next.
+    run: usize,
+    /// Multiply-adds for which nothing has been asked for yet.
+    earned: usize,
+}
+
+impl Ahead {
+    /// Rows of runs, in place of what was wanted before.
+    pub(crate) fn want(&mut self, runs: impl IntoIterator<Item = Run>, rows: usize) {
+        self.runs.clear();
+        self.runs.extend(runs);
+        *self = Self {
+            runs: std::mem::take(&mut self.runs),
+            rows,
+            ..Self::default()
+        };
+    }
+
+    /// Asks for as much as may be, after so many multiply-adds.
+    #[inline(always)]
+    pub(crate) fn worked(&mut self, multiply_adds: usize) {
+        if self.row < self.rows {
+            self.ask(multiply_adds);
+        }
+    }
+
+    #[inline]
+    fn ask(&mut self, multiply_adds: usize) {
+        self.earned += multiply_adds;
+        while self.row < self.rows
+            && let Some(run) = self.runs.get(self.run)
+        {
+            let lines = run.width.div_ceil(LINE);
+            if self.earned < lines * PACE {
+                return;
+            }
+            self.earned -= lines * PACE;
+            let row = run.start.wrapping_add(self.row * run.stride);
+            (0..lines).for_each(|line| fetch(row.wrapping_add(line * LINE)));
+            self.run += 1;
+            if self.run == self.runs.len() {
+                (self.run, self.row) = (0, self.row + 1);
+            }
+        }
+    }
+}
+
+/// Asks for a cache line.
+#[inline(always)]
+fn fetch(address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_rows_are_asked_for_in_turn_and_no_faster_than_the_pace() {
+        let data = [0.0; 100];
+        let run = |width| Run {
+            start: data.as_ptr(),
+            stride: 20,
+            width,
+        };
+        let mut ahead = Ahead::default();
+        ahead.worked(10 * PACE);
+        // Two lines and one, for each of three rows.
+        ahead.want([run(17), run(16)], 3);
+        let mut seen = vec![];
+        for _ in 0..10 {
+            ahead.worked(PACE);
+            seen.push((ahead.row, ahead.run));
+        }
+        let expected = [
+            (0, 0),
+            (0, 1),
+            (1, 0),
+            (1, 0),
+            (1, 1),
+            (2, 0),
+            (2, 0),
+            (2, 1),
+        ];
+        assert_eq!(seen[..8], expected);
+        assert_eq!(seen[8..], [(3, 0), (3, 0)]);
+        ahead.want([], 3);
+        ahead.worked(PACE);
+        assert_eq!((ahead.row, ahead.run), (0, 0));
+    }
+}
