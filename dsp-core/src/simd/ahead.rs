@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Small products leave the memory idle, and packing what comes next leaves the arithmetic idle. Rows of a head lie
-//! apart, so that the processor does not foresee them; and as many lines at once as a row of blocks has would only
-//! wait for each other. A hint changes no result.
+//! apart, so that the processor does not foresee them. All of them asked for at once would only wait for each other, as
+//! a core can have some twenty lines on their way. A hint changes no result.
 
 #![cfg_attr(
     target_arch = "x86_64",

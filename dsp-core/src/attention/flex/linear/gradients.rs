@@ -12,11 +12,12 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::forward::padded;
-use super::super::rows::{Rows, RowsOut};
+use super::super::rows::{NewRows, Rows};
 use super::super::{Head, heads_of, pack, tensor};
-use super::{Powers, STRIP, input, states_of, write};
+use super::parts::whole;
+use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Store, multiply_ahead, panel_width};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead, panel_width};
 
 /// The gradients of the query, the key and the value, from the rows of each block and the state before it, and with
 /// what the gradients of the states after the blocks contribute, if they are known.
@@ -31,21 +32,20 @@ pub(in crate::attention) fn gradients(
     let (shape, device) = (q.dims(), q.device());
     let inputs = [q, dout].map(input);
     let (met, after) = (states_of(met), after.map(states_of));
-    let mut dq = vec![0.0; shape.iter().product()];
     let [q, dout] = inputs.each_ref().map(Rows::of);
     let before = Before {
         q,
         dout,
         met: Rows::of(&met),
     };
-    let to = RowsOut::new(&mut dq, [shape[0], shape[1], shape[2]], shape[3]);
+    let dq = NewRows::new([shape[0], shape[1], shape[2]], shape[3]);
     let terms = GradientTerms {
         base: None,
-        before: Some((before, to)),
+        before: Some((before, &dq)),
         after: after.as_ref().map(Rows::of),
     };
     let [dk, dv] = key_gradients(level, [k, v], terms, blocks, problem);
-    [tensor(dq, shape, &device), dk, dv]
+    [tensor(dq.all(), shape, &device), dk, dv]
 }
 
 /// The gradients of the key and the value to which those of the states after the blocks are added.
@@ -76,8 +76,8 @@ fn key_gradients(
     let device = kv[0].device();
     let shapes = kv.map(Tensor::dims);
     let inputs = kv.map(input);
-    let [mut dk, mut dv] = shapes.map(|shape| vec![0.0; shape.iter().product()]);
-    let of = |data, shape: [usize; 4]| RowsOut::new(data, [shape[0], shape[1], shape[2]], shape[3]);
+    let [dk, dv] =
+        shapes.map(|[samples, length, heads, width]| NewRows::new([samples, length, heads], width));
     let powers = Powers::all(problem, blocks);
     let [k, v] = inputs.each_ref().map(Rows::of);
     let backward = Backward {
@@ -85,28 +85,40 @@ fn key_gradients(
         v,
         terms,
         powers: &powers,
-        dk: of(&mut dk, shapes[0]),
-        dv: of(&mut dv, shapes[1]),
+        dk,
+        dv,
     };
     let heads = heads_of(shapes[0][0], &problem.heads);
     let kv_heads = shapes[0][2];
-    let block = |scratch: &mut _, index: usize| {
-        let (of_sample, head) = (index / kv_heads, index % kv_heads);
-        let (sample, block) = (of_sample / blocks.len(), of_sample % blocks.len());
+    let parts = heads.len() * blocks.len();
+    let place = |part: usize| {
+        let (of_sample, head) = (part / kv_heads, part % kv_heads);
+        let (sample, index) = (of_sample / blocks.len(), of_sample % blocks.len());
+        (index, &heads[sample * kv_heads + head])
+    };
+    let block = |scratch: &mut Scratch, part: usize| {
+        if part + 1 < parts {
+            let (index, head) = place(part + 1);
+            let rows = &blocks[index];
+            scratch
+                .ahead
+                .want(backward.runs((index, rows), head), rows.len());
+        }
+        let (index, head) = place(part);
         level.run(BlockBack {
             backward: &backward,
-            head: &heads[sample * kv_heads + head],
-            index: block,
-            rows: blocks[block].clone(),
+            head,
+            index,
+            rows: blocks[index].clone(),
             scratch,
         });
     };
-    (0..heads.len() * blocks.len())
+    (0..parts)
         .into_par_iter()
         .for_each_init(Scratch::default, block);
     [
-        tensor(dk, shapes[0], &device),
-        tensor(dv, shapes[1], &device),
+        tensor(backward.dk.all(), shapes[0], &device),
+        tensor(backward.dv.all(), shapes[1], &device),
     ]
 }
 
@@ -139,8 +151,43 @@ struct Backward<'a> {
     v: Rows<'a>,
     terms: GradientTerms<'a>,
     powers: &'a [Powers],
-    dk: RowsOut<'a>,
-    dv: RowsOut<'a>,
+    dk: NewRows,
+    dv: NewRows,
+}
+
+impl Backward<'_> {
+    /// What a block of a head reads and writes.
+    fn runs(
+        &self,
+        (index, rows): (usize, &Range<usize>),
+        head: &Head,
+    ) -> impl Iterator<Item = Run> {
+        let (d, count, sample) = (self.k.width(), rows.len(), head.sample);
+        let at = [sample, rows.start, head.kv];
+        let own = [
+            self.k.run(at),
+            self.v.run(at),
+            self.dk.run(at),
+            self.dv.run(at),
+        ];
+        let base = self.terms.base.iter().flatten().map(move |x| x.run(at));
+        let of_state = move |states: &Rows<'_>, query| {
+            let state = states.run([sample, index * d, query]);
+            whole(state.start, d * state.width, count)
+        };
+        let (first, terms) = (rows.start, &self.terms);
+        let of_query = move |query| {
+            let at = [sample, first, query];
+            let before = terms.before.iter().flat_map(move |(before, dq)| {
+                let Before { q, dout, met } = before;
+                [q.run(at), dout.run(at), dq.run(at), of_state(met, query)]
+            });
+            let after = terms.after.iter().map(move |after| of_state(after, query));
+            before.chain(after)
+        };
+        let queries = head.query.clone().flat_map(of_query);
+        own.into_iter().chain(base).chain(queries)
+    }
 }
 
 /// What is added up to the gradients.
@@ -148,7 +195,7 @@ struct GradientTerms<'a> {
     /// What is there already of the key's and the value's.
     base: Option<[Rows<'a>; 2]>,
     /// And where the query's is written.
-    before: Option<(Before<'a>, RowsOut<'a>)>,
+    before: Option<(Before<'a>, &'a NewRows)>,
     /// What the gradients of the states give that come after the blocks.
     after: Option<Rows<'a>>,
 }
@@ -197,11 +244,9 @@ impl WithSimd for BlockBack<'_> {
             let powers = &backward.powers[query];
             if let Some((before, dq)) = &terms.before {
                 scratch.before(simd, before, powers, (sample, &rows, query), &states);
-                for (position, from) in rows.clone().zip(scratch.query_gradient::<S>(d)) {
-                    // SAFETY: this block alone has these rows of this head, and each is written once.
-                    let to = unsafe { dq.row([sample, position, query]) };
-                    write(to, from, None);
-                }
+                let from = scratch.query_gradient::<S>(d);
+                // SAFETY: this block alone has these rows of this head, and it comes once.
+                unsafe { dq.write([sample, rows.start, query], from) };
             }
             if let Some(after) = &terms.after {
                 let state = after.positions(sample, &states, query);
@@ -209,17 +254,25 @@ impl WithSimd for BlockBack<'_> {
                 scratch.after(simd, kv, state, powers, [count, d, dv]);
             }
         }
+        if let Some([base_k, base_v]) = &terms.base {
+            let [k_row, v_row] = widths.map(|width| width.next_multiple_of(S::F32_LANES));
+            add_to(
+                &mut scratch.dk,
+                base_k.positions(sample, &rows, head.kv),
+                k_row,
+            );
+            add_to(
+                &mut scratch.dv,
+                base_v.positions(sample, &rows, head.kv),
+                v_row,
+            );
+        }
+        let at = [sample, rows.start, head.kv];
         let [of_k, of_v] = scratch.key_gradients::<S>(widths);
-        for (position, (of_k, of_v)) in rows.zip(of_k.zip(of_v)) {
-            let at = [sample, position, head.kv];
-            // SAFETY: this block alone has these rows of this head, and each is written once.
-            let (dk, dv) = unsafe { (backward.dk.row(at), backward.dv.row(at)) };
-            let [base_k, base_v] = match &terms.base {
-                Some(base) => base.each_ref().map(|base| Some(base.row(at))),
-                None => [None, None],
-            };
-            write(dk, of_k, base_k);
-            write(dv, of_v, base_v);
+        // SAFETY: this block alone has these rows of this head, and it comes once.
+        unsafe {
+            backward.dk.write(at, of_k);
+            backward.dv.write(at, of_v);
         }
     }
 }

@@ -10,10 +10,11 @@
 //!
 //! States run through the blocks of a head one after the other (`states.rs`); once they are known, all blocks of all heads are
 //! computed side by side: `output.rs` and `gradients.rs`. A whole chunk goes in one sweep, where every thread has a head:
-//! `sweep`. A row's bits depend on neither the number of threads nor the rows after it in its block.
+//! `sweep`. Either asks for what comes next while it multiplies (`simd::Ahead`). A row's bits depend on neither the number of threads nor the rows after it in its block.
 
 mod gradients;
 mod output;
+mod parts;
 mod states;
 mod sweep;
 
@@ -134,14 +135,10 @@ fn states_of(met: &Tensor<5>) -> FlexTensor {
     input(&rows.swap_dims(1, 2))
 }
 
-/// Writes a row, and what was there already added to it.
+/// Adds rows to such as lie `stride` apart.
 #[inline(always)]
-fn write(to: &mut [f32], from: &[f32], base: Option<&[f32]>) {
-    match base {
-        None => to.copy_from_slice(&from[..to.len()]),
-        Some(base) => {
-            let sums = from.iter().zip(base).map(|(a, b)| a + b);
-            to.iter_mut().zip(sums).for_each(|(to, sum)| *to = sum);
-        }
+fn add_to<'a>(sums: &mut [f32], rows: impl Iterator<Item = &'a [f32]>, stride: usize) {
+    for (sums, row) in sums.chunks_exact_mut(stride).zip(rows) {
+        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
     }
 }

@@ -12,11 +12,12 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::forward::padded;
-use super::super::rows::{Rows, RowsOut};
+use super::super::rows::{NewRows, Rows};
 use super::super::{pack, tensor};
-use super::{Powers, STRIP, input, states_of, write};
+use super::parts::whole;
+use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Store, multiply_ahead};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead};
 
 /// The output: `[B, L, Hq, dv]`. Of the rows of each block alone, or with what the states that they meet give them.
 pub(in crate::attention) fn output(
@@ -69,33 +70,42 @@ fn outputs(
     let [samples, length, heads, _] = q.dims();
     let device = q.device();
     let q = input(q);
-    let mut out = vec![0.0; samples * length * heads * width];
     let powers = Powers::all(problem, blocks);
     let forward = Forward {
         q: Rows::of(&q),
         terms,
         powers: &powers,
         problem,
-        out: RowsOut::new(&mut out, [samples, length, heads], width),
+        out: NewRows::new([samples, length, heads], width),
         width,
     };
-    let block = |scratch: &mut _, index: usize| {
+    let parts = samples * heads * blocks.len();
+    let place = |part: usize| {
         // Heads before blocks: the rows of a position's heads lie side by side.
-        let (of_sample, head) = (index / heads, index % heads);
-        let block = of_sample % blocks.len();
+        let (of_sample, head) = (part / heads, part % heads);
+        (of_sample / blocks.len(), of_sample % blocks.len(), head)
+    };
+    let block = |scratch: &mut Scratch, part: usize| {
+        if part + 1 < parts {
+            let (sample, index, head) = place(part + 1);
+            let rows = &blocks[index];
+            let runs = forward.runs(sample, (index, rows), head);
+            scratch.ahead.want(runs, rows.len());
+        }
+        let (sample, index, head) = place(part);
         level.run(Block {
             forward: &forward,
-            sample: of_sample / blocks.len(),
+            sample,
             head,
-            index: block,
-            rows: blocks[block].clone(),
+            index,
+            rows: blocks[index].clone(),
             scratch,
         });
     };
-    (0..samples * heads * blocks.len())
+    (0..parts)
         .into_par_iter()
         .for_each_init(Scratch::default, block);
-    tensor(out, [samples, length, heads, width], &device)
+    tensor(forward.out.all(), [samples, length, heads, width], &device)
 }
 
 /// What a thread needs for a block; kept from one to the next.
@@ -204,8 +214,30 @@ struct Forward<'a> {
     terms: Terms<'a>,
     powers: &'a [Powers],
     problem: &'a Problem,
-    out: RowsOut<'a>,
+    out: NewRows,
     width: usize,
+}
+
+impl Forward<'_> {
+    /// What a block of a head reads and writes.
+    fn runs(
+        &self,
+        sample: usize,
+        (index, rows): (usize, &Range<usize>),
+        head: usize,
+    ) -> impl Iterator<Item = Run> {
+        let Terms { base, met, within } = &self.terms;
+        let (d, count, at) = (self.q.width(), rows.len(), [sample, rows.start, head]);
+        let kv = [sample, rows.start, self.problem.kv_head(head)];
+        let within = within.iter().flatten().map(move |x| x.run(kv));
+        let base = base.iter().map(move |x| x.run(at));
+        let met = met.iter().map(move |met| {
+            let met = met.run([sample, index * d, head]);
+            whole(met.start, d * met.width, count)
+        });
+        let own = [self.q.run(at), self.out.run(at)];
+        own.into_iter().chain(within).chain(base).chain(met)
+    }
 }
 
 /// What is added up to the output.
@@ -264,12 +296,15 @@ impl WithSimd for Block<'_> {
             let of_v = v.positions(sample, &rows, kv_head);
             scratch.within(simd, (of_k, of_v), powers, [count, d, dv]);
         }
-        let out = &scratch.out;
-        for (position, out) in rows.zip(out.chunks_exact(out_row)) {
-            let at = [sample, position, head];
-            // SAFETY: this block alone has these rows of this head, and each is written once.
-            let to = unsafe { to.row(at) };
-            write(to, out, terms.base.as_ref().map(|base| base.row(at)));
+        if let Some(base) = &terms.base {
+            add_to(
+                &mut scratch.out,
+                base.positions(sample, &rows, head),
+                out_row,
+            );
         }
+        let out = scratch.out.chunks_exact(out_row);
+        // SAFETY: this block alone has these rows of this head, and it comes once.
+        unsafe { to.write([sample, rows.start, head], out) };
     }
 }

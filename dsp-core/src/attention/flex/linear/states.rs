@@ -1,13 +1,19 @@
 //! The states that the blocks of a head meet, one after the other, either way.
 
+#![expect(
+    unsafe_code,
+    reason = "threads write rows of one tensor that they share out among themselves"
+)]
+
 use std::ops::Range;
 
 use burn::tensor::Tensor;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::super::rows::Rows;
+use super::super::rows::{NewRows, Rows};
 use super::super::{pack, tensor};
+use super::parts::{parts, steps};
 use super::{Powers, input};
 use crate::attention::chunks::Direction;
 use crate::attention::linear::Problem;
@@ -27,108 +33,125 @@ pub(in crate::attention) fn states(
     let heads = problem.heads.query.len();
     let inputs = ab.map(input);
     let [a, b] = inputs.each_ref().map(Rows::of);
-    let mut last = vec![0.0; samples * heads * d * dv];
-    let mut met = vec![0.0; last.len() * blocks.len()];
-    let powers = Powers::all(problem, blocks);
-    let states = (last.par_chunks_mut(d * dv)).zip(met.par_chunks_mut(blocks.len() * d * dv));
-    let of_head = |scratch: &mut _, (index, (last, met))| {
-        let (sample, head) = (index / heads, index % heads);
-        level.run(Run {
-            from: [&a, &b],
+    let states = States {
+        a,
+        b,
+        powers: &Powers::all(problem, blocks),
+        blocks,
+        direction,
+        problem,
+        met: NewRows::new([samples, heads * blocks.len() * d, 1], dv),
+        last: NewRows::new([samples, heads * d, 1], dv),
+    };
+    let of_part = |scratch: &mut _, (sample, heads)| {
+        level.run(Part {
+            states: &states,
             sample,
-            head: match direction {
-                Direction::Forward => problem.kv_head(head),
-                Direction::Backward => head,
-            },
-            powers: &powers[head],
-            blocks,
-            direction,
-            last,
-            met,
+            heads,
             scratch,
         });
     };
-    (states.enumerate()).for_each_init(Scratch::default, of_head);
+    (parts(samples, heads).into_par_iter()).for_each_init(Scratch::default, of_part);
+    let States { met, last, .. } = states;
     [
-        tensor(last, [samples, heads, d, dv], &device),
-        tensor(met, [samples, heads, blocks.len() * d, dv], &device),
+        tensor(last.all(), [samples, heads, d, dv], &device),
+        tensor(met.all(), [samples, heads, blocks.len() * d, dv], &device),
     ]
 }
 
-/// What a thread needs for a head; kept from one to the next.
+/// What a thread needs for a part; kept from one to the next.
 #[derive(Default)]
 struct Scratch {
     a: Vec<f32>,
     b: Vec<f32>,
-    state: Vec<f32>,
+    states: Vec<f32>,
+    ahead: Ahead,
 }
 
-/// The states of one head.
-struct Run<'a> {
-    from: [&'a Rows<'a>; 2],
-    sample: usize,
-    /// Of the tensors.
-    head: usize,
-    powers: &'a Powers,
+/// What is read, and what is written.
+struct States<'a> {
+    a: Rows<'a>,
+    b: Rows<'a>,
+    powers: &'a [Powers],
     blocks: &'a [Range<usize>],
     direction: Direction,
-    last: &'a mut [f32],
-    met: &'a mut [f32],
+    problem: &'a Problem,
+    met: NewRows,
+    last: NewRows,
+}
+
+impl States<'_> {
+    /// The head of `a` and `b` for a query head.
+    fn head(&self, query: usize) -> usize {
+        match self.direction {
+            Direction::Forward => self.problem.kv_head(query),
+            Direction::Backward => query,
+        }
+    }
+
+    /// The blocks in the order in which states run through them.
+    fn order(&self) -> impl Iterator<Item = usize> {
+        let last = self.blocks.len() - 1;
+        (0..=last).map(move |step| match self.direction {
+            Direction::Forward => step,
+            Direction::Backward => last - step,
+        })
+    }
+}
+
+/// Query heads of a sample that lie side by side.
+struct Part<'a> {
+    states: &'a States<'a>,
+    sample: usize,
+    heads: Range<usize>,
     scratch: &'a mut Scratch,
 }
 
-impl WithSimd for Run<'_> {
+impl WithSimd for Part<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self {
-            from: [a, b],
+            states: of,
             sample,
-            head,
-            powers,
-            blocks,
-            direction,
-            last,
-            met,
+            heads,
             scratch,
         } = self;
         let Scratch {
             a: packed_a,
             b: packed_b,
-            state,
+            states,
+            ahead,
         } = scratch;
-        let lanes = S::F32_LANES;
+        let States { a, b, blocks, .. } = of;
         let (d, dv) = (a.width(), b.width());
-        let row = dv.next_multiple_of(lanes);
-        state.clear();
-        state.resize(d * row, 0.0);
-        for step in 0..blocks.len() {
-            let index = match direction {
-                Direction::Forward => step,
-                Direction::Backward => blocks.len() - 1 - step,
-            };
-            let rows = blocks[index].clone();
-            let count = rows.len();
-            let met = &mut met[index * d * dv..(index + 1) * d * dv];
-            unpad(met, state, dv);
-            let weights = (0..count).map(|row| match direction {
+        let row = dv.next_multiple_of(S::F32_LANES);
+        states.clear();
+        states.resize(heads.len() * d * row, 0.0);
+        for ([index, nth], next) in steps(of.order(), heads.len()) {
+            let (rows, query) = (&blocks[index], heads.start + nth);
+            let (count, head) = (rows.len(), of.head(query));
+            let powers = &of.powers[query];
+            let state = &mut states[nth * d * row..(nth + 1) * d * row];
+            if let Some([index, nth]) = next {
+                let at = [sample, blocks[index].start, of.head(heads.start + nth)];
+                ahead.want([a.run(at), b.run(at)], blocks[index].len());
+            }
+            let met = [sample, (query * blocks.len() + index) * d, 0];
+            // SAFETY: this part alone has this head, and meets each of its blocks once.
+            unsafe { of.met.write(met, state.chunks_exact(row)) };
+            let weights = (0..count).map(|row| match of.direction {
                 Direction::Forward => powers.aged(row, count),
                 Direction::Backward => powers.reached(row),
             });
-            pack::weighted_rows::<S>(packed_a, a.positions(sample, &rows, head).zip(weights), d);
-            pack::panels::<S>(packed_b, b.positions(sample, &rows, head), count, dv);
-            let ahead = &mut Ahead::default();
-            hand_on(
-                simd,
-                state,
-                powers,
-                (packed_a, packed_b),
-                [count, d, dv],
-                ahead,
-            );
+            pack::weighted_rows::<S>(packed_a, a.positions(sample, rows, head).zip(weights), d);
+            pack::panels::<S>(packed_b, b.positions(sample, rows, head), count, dv);
+            let ab = (&**packed_a, &**packed_b);
+            hand_on(simd, state, powers, ab, [count, d, dv], ahead);
         }
-        unpad(last, state, dv);
+        // SAFETY: this part alone has these heads, and is at the end once.
+        unsafe { (of.last).write([sample, heads.start * d, 0], states.chunks_exact(row)) };
     }
 }
 
@@ -155,13 +178,4 @@ pub(super) fn hand_on<S: Simd>(
         Store::Add,
         ahead,
     );
-}
-
-/// The rows of a state, `dv` wide, without what fills them up to whole vectors.
-#[inline(always)]
-fn unpad(to: &mut [f32], state: &[f32], dv: usize) {
-    let row = state.len() / (to.len() / dv);
-    for (to, from) in to.chunks_exact_mut(dv).zip(state.chunks_exact(row)) {
-        to.copy_from_slice(&from[..dv]);
-    }
 }

@@ -14,9 +14,9 @@ use rayon::prelude::*;
 use super::super::super::rows::{NewRows, Rows};
 use super::super::super::{Head, heads_of, pack, tensor};
 use super::super::gradients::{self, Before};
+use super::super::parts::{heads_of_a_part, steps, whole};
 use super::super::states::hand_on;
 use super::super::{Powers, input, states_of};
-use super::{heads_of_a_part, steps, whole};
 use crate::attention::linear::Problem;
 use crate::simd::{Level, Run};
 

@@ -13,9 +13,9 @@ use rayon::prelude::*;
 
 use super::super::super::rows::{NewRows, Rows};
 use super::super::super::{pack, tensor};
+use super::super::parts::{parts, steps, whole};
 use super::super::states::hand_on;
 use super::super::{Powers, input, output};
-use super::{heads_of_a_part, steps, whole};
 use crate::attention::linear::Problem;
 use crate::simd::{Level, Run};
 
@@ -42,13 +42,6 @@ pub(in super::super) fn forward(
         met: NewRows::new([samples, heads * blocks.len() * d, 1], dv),
         last: NewRows::new([samples, heads * d, 1], dv),
     };
-    let part = heads_of_a_part(samples, heads);
-    let parts: Vec<_> = (0..samples)
-        .flat_map(|sample| {
-            let of_part = move |first| (sample, first..heads.min(first + part));
-            (0..heads).step_by(part).map(of_part)
-        })
-        .collect();
     let of_part = |scratch: &mut _, (sample, heads)| {
         level.run(Part {
             forward: &forward,
@@ -57,7 +50,7 @@ pub(in super::super) fn forward(
             scratch,
         });
     };
-    (parts.into_par_iter()).for_each_init(Scratch::default, of_part);
+    (parts(samples, heads).into_par_iter()).for_each_init(Scratch::default, of_part);
     let Forward { out, met, last, .. } = forward;
     (
         tensor(out.all(), [samples, length, heads, dv], &device),

@@ -16,41 +16,10 @@
 mod backward;
 mod forward;
 
-use crate::simd::Run;
-
 pub(super) use backward::backward;
 pub(super) use forward::forward;
 
 /// Whether every thread has a head of its own.
 pub(super) fn fits(samples: usize, heads: usize) -> bool {
     samples * heads >= rayon::current_num_threads()
-}
-
-/// How many heads, side by side, are one part of the work: all of a sample's, unless less keeps the threads busier.
-fn heads_of_a_part(samples: usize, heads: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    let longest = |parts: &usize| (samples * parts).div_ceil(threads) * heads.div_ceil(*parts);
-    heads.div_ceil((1..=heads).min_by_key(longest).unwrap_or(1))
-}
-
-/// Each block of some heads, in turn; and what comes after it.
-fn steps(
-    blocks: impl Iterator<Item = usize>,
-    heads: usize,
-) -> impl Iterator<Item = ([usize; 2], Option<[usize; 2]>)> {
-    let steps: Vec<_> = blocks
-        .flat_map(|block| (0..heads).map(move |head| [block, head]))
-        .collect();
-    let after = (steps.clone().into_iter().skip(1).map(Some)).chain([None]);
-    steps.into_iter().zip(after)
-}
-
-/// So many elements that lie end to end, as a number of rows.
-fn whole(start: *const f32, elements: usize, rows: usize) -> Run {
-    let width = elements.div_ceil(rows);
-    Run {
-        start,
-        stride: width,
-        width,
-    }
 }

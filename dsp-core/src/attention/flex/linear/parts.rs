@@ -1,0 +1,44 @@
+//! How heads are shared out among threads, and in which order a thread goes through their blocks.
+
+use std::ops::Range;
+
+use crate::simd::Run;
+
+/// How many heads, side by side, are one part of the work: all of a sample's, unless less keeps the threads busier.
+pub(super) fn heads_of_a_part(samples: usize, heads: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let longest = |parts: &usize| (samples * parts).div_ceil(threads) * heads.div_ceil(*parts);
+    heads.div_ceil((1..=heads).min_by_key(longest).unwrap_or(1))
+}
+
+/// The parts: of each a sample, and heads of it.
+pub(super) fn parts(samples: usize, heads: usize) -> Vec<(usize, Range<usize>)> {
+    let size = heads_of_a_part(samples, heads);
+    let of_sample = |sample| {
+        let part = move |first| (sample, first..heads.min(first + size));
+        (0..heads).step_by(size).map(part)
+    };
+    (0..samples).flat_map(of_sample).collect()
+}
+
+/// Each block of some heads, in turn; and what comes after it.
+pub(super) fn steps(
+    blocks: impl Iterator<Item = usize>,
+    heads: usize,
+) -> impl Iterator<Item = ([usize; 2], Option<[usize; 2]>)> {
+    let steps: Vec<_> = blocks
+        .flat_map(|block| (0..heads).map(move |head| [block, head]))
+        .collect();
+    let after = (steps.clone().into_iter().skip(1).map(Some)).chain([None]);
+    steps.into_iter().zip(after)
+}
+
+/// So many elements that lie end to end, as a number of rows.
+pub(super) fn whole(start: *const f32, elements: usize, rows: usize) -> Run {
+    let width = elements.div_ceil(rows);
+    Run {
+        start,
+        stride: width,
+        width,
+    }
+}
