@@ -48,11 +48,8 @@ impl Ahead {
     pub(crate) fn want(&mut self, runs: impl IntoIterator<Item = Run>, rows: usize) {
         self.runs.clear();
         self.runs.extend(runs);
-        *self = Self {
-            runs: std::mem::take(&mut self.runs),
-            rows,
-            ..Self::default()
-        };
+        self.rows = rows;
+        (self.row, self.run, self.earned) = (0, 0, 0);
     }
 
     /// Asks for as much as may be, after so many multiply-adds.

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::super::forward::padded;
 use super::super::rows::{NewRows, Rows};
 use super::super::{Head, heads_of, pack, tensor};
-use super::parts::whole;
+use super::parts::of_state;
 use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
 use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead, panel_width};
@@ -171,18 +171,17 @@ impl Backward<'_> {
             self.dv.run(at),
         ];
         let base = self.terms.base.iter().flatten().map(move |x| x.run(at));
-        let of_state = move |states: &Rows<'_>, query| {
-            let state = states.run([sample, index * d, query]);
-            whole(state.start, d * state.width, count)
-        };
         let (first, terms) = (rows.start, &self.terms);
         let of_query = move |query| {
             let at = [sample, first, query];
             let before = terms.before.iter().flat_map(move |(before, dq)| {
-                let Before { q, dout, met } = before;
-                [q.run(at), dout.run(at), dq.run(at), of_state(met, query)]
+                let read = before.runs(at, index, count);
+                read.into_iter().chain([dq.run(at)])
             });
-            let after = terms.after.iter().map(move |after| of_state(after, query));
+            let after = terms.after.iter().map(move |after| {
+                let after = after.run([sample, index * d, query]);
+                of_state(after, d, count)
+            });
             before.chain(after)
         };
         let queries = head.query.clone().flat_map(of_query);
@@ -205,6 +204,20 @@ pub(super) struct Before<'a> {
     pub(super) q: Rows<'a>,
     pub(super) dout: Rows<'a>,
     pub(super) met: Rows<'a>,
+}
+
+impl Before<'_> {
+    /// What is read of a block of `count` rows of a query head, the first of which is `at`.
+    pub(super) fn runs(
+        &self,
+        at @ [sample, _, query]: [usize; 3],
+        index: usize,
+        count: usize,
+    ) -> [Run; 3] {
+        let d = self.q.width();
+        let met = self.met.run([sample, index * d, query]);
+        [self.q.run(at), self.dout.run(at), of_state(met, d, count)]
+    }
 }
 
 /// A block of one key-value head, with all its query heads.

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::super::forward::padded;
 use super::super::rows::{NewRows, Rows};
 use super::super::{pack, tensor};
-use super::parts::whole;
+use super::parts::of_state;
 use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
 use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead};
@@ -233,7 +233,7 @@ impl Forward<'_> {
         let base = base.iter().map(move |x| x.run(at));
         let met = met.iter().map(move |met| {
             let met = met.run([sample, index * d, head]);
-            whole(met.start, d * met.width, count)
+            of_state(met, d, count)
         });
         let own = [self.q.run(at), self.out.run(at)];
         own.into_iter().chain(within).chain(base).chain(met)

@@ -23,22 +23,20 @@ pub(super) fn parts(samples: usize, heads: usize) -> Vec<(usize, Range<usize>)> 
 
 /// Each block of some heads, in turn; and what comes after it.
 pub(super) fn steps(
-    blocks: impl Iterator<Item = usize>,
+    blocks: impl Iterator<Item = usize> + Clone,
     heads: usize,
 ) -> impl Iterator<Item = ([usize; 2], Option<[usize; 2]>)> {
-    let steps: Vec<_> = blocks
-        .flat_map(|block| (0..heads).map(move |head| [block, head]))
-        .collect();
-    let after = (steps.clone().into_iter().skip(1).map(Some)).chain([None]);
-    steps.into_iter().zip(after)
+    let steps = blocks.flat_map(move |block| (0..heads).map(move |head| [block, head]));
+    let after = (steps.clone().skip(1).map(Some)).chain([None]);
+    steps.zip(after)
 }
 
-/// So many elements that lie end to end, as a number of rows.
-pub(super) fn whole(start: *const f32, elements: usize, rows: usize) -> Run {
-    let width = elements.div_ceil(rows);
+/// A state, whose `d` rows lie end to end, as `rows` rows: those of what is asked for are as many as a block's.
+pub(super) fn of_state(state: Run, d: usize, rows: usize) -> Run {
+    let width = (d * state.width).div_ceil(rows);
     Run {
-        start,
         stride: width,
         width,
+        ..state
     }
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ use super::parts::{parts, steps};
 use super::{Powers, input};
 use crate::attention::chunks::Direction;
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Store, multiply_ahead};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead};
 
 /// The state that leaves, `[B, Hq, d, dv]`, and those that the blocks meet, `[B, Hq, blocks·d, dv]`; each block adds
 /// the outer products of its rows of `a` and `b`.
@@ -29,8 +29,7 @@ pub(in crate::attention) fn states(
     problem: &Problem,
 ) -> [Tensor<4>; 2] {
     let device = ab[0].device();
-    let ([samples, _, _, d], dv) = (ab[0].dims(), ab[1].dims()[3]);
-    let heads = problem.heads.query.len();
+    let (samples, heads) = (ab[0].dims()[0], problem.heads.query.len());
     let inputs = ab.map(input);
     let [a, b] = inputs.each_ref().map(Rows::of);
     let states = States {
@@ -40,8 +39,7 @@ pub(in crate::attention) fn states(
         blocks,
         direction,
         problem,
-        met: NewRows::new([samples, heads * blocks.len() * d, 1], dv),
-        last: NewRows::new([samples, heads * d, 1], dv),
+        to: StatesOut::new([samples, heads, blocks.len()], [a.width(), b.width()]),
     };
     let of_part = |scratch: &mut _, (sample, heads)| {
         level.run(Part {
@@ -52,11 +50,77 @@ pub(in crate::attention) fn states(
         });
     };
     (parts(samples, heads).into_par_iter()).for_each_init(Scratch::default, of_part);
-    let States { met, last, .. } = states;
-    [
-        tensor(last.all(), [samples, heads, d, dv], &device),
-        tensor(met.all(), [samples, heads, blocks.len() * d, dv], &device),
-    ]
+    states.to.tensors(&device)
+}
+
+/// Where states are written: that which leaves, and those that the blocks meet.
+pub(super) struct StatesOut {
+    last: NewRows,
+    met: NewRows,
+    /// Samples, heads and blocks; rows and columns of a state.
+    sizes: [usize; 3],
+    state: [usize; 2],
+}
+
+impl StatesOut {
+    pub(super) fn new(sizes: [usize; 3], state: [usize; 2]) -> Self {
+        let ([samples, heads, blocks], [d, dv]) = (sizes, state);
+        Self {
+            last: NewRows::new([samples, heads * d, 1], dv),
+            met: NewRows::new([samples, heads * blocks * d, 1], dv),
+            sizes,
+            state,
+        }
+    }
+
+    /// Writes the state that a block of a head meets, from rows of at least its width.
+    ///
+    /// # Safety
+    /// Nobody else writes it, at this time or another.
+    #[inline(always)]
+    pub(super) unsafe fn meet<'r>(
+        &self,
+        block: [usize; 3],
+        state: impl Iterator<Item = &'r [f32]>,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { self.met.write(self.met_at(block), state) };
+    }
+
+    /// Writes the states that leave heads that lie side by side, from `head` on.
+    ///
+    /// # Safety
+    /// As [`meet`](Self::meet).
+    #[inline(always)]
+    pub(super) unsafe fn leave<'r>(
+        &self,
+        [sample, head]: [usize; 2],
+        states: impl Iterator<Item = &'r [f32]>,
+    ) {
+        // SAFETY: the caller's.
+        unsafe { self.last.write([sample, head * self.state[0], 0], states) };
+    }
+
+    /// The state that a block of a head meets, to be asked for ahead.
+    pub(super) fn run(&self, block: [usize; 3]) -> Run {
+        self.met.run(self.met_at(block))
+    }
+
+    fn met_at(&self, [sample, head, block]: [usize; 3]) -> [usize; 3] {
+        [sample, (head * self.sizes[2] + block) * self.state[0], 0]
+    }
+
+    /// `[B, Hq, d, dv]` and `[B, Hq, blocks·d, dv]`.
+    ///
+    /// # Panics
+    /// If not all of them have been written.
+    pub(super) fn tensors(self, device: &Device) -> [Tensor<4>; 2] {
+        let ([samples, heads, blocks], [d, dv]) = (self.sizes, self.state);
+        [
+            tensor(self.last.all(), [samples, heads, d, dv], device),
+            tensor(self.met.all(), [samples, heads, blocks * d, dv], device),
+        ]
+    }
 }
 
 /// What a thread needs for a part; kept from one to the next.
@@ -76,8 +140,7 @@ struct States<'a> {
     blocks: &'a [Range<usize>],
     direction: Direction,
     problem: &'a Problem,
-    met: NewRows,
-    last: NewRows,
+    to: StatesOut,
 }
 
 impl States<'_> {
@@ -90,11 +153,11 @@ impl States<'_> {
     }
 
     /// The blocks in the order in which states run through them.
-    fn order(&self) -> impl Iterator<Item = usize> {
-        let last = self.blocks.len() - 1;
-        (0..=last).map(move |step| match self.direction {
+    fn order(&self) -> impl Iterator<Item = usize> + Clone {
+        let blocks = self.blocks.len();
+        (0..blocks).map(move |step| match self.direction {
             Direction::Forward => step,
-            Direction::Backward => last - step,
+            Direction::Backward => blocks - 1 - step,
         })
     }
 }
@@ -138,9 +201,8 @@ impl WithSimd for Part<'_> {
                 let at = [sample, blocks[index].start, of.head(heads.start + nth)];
                 ahead.want([a.run(at), b.run(at)], blocks[index].len());
             }
-            let met = [sample, (query * blocks.len() + index) * d, 0];
             // SAFETY: this part alone has this head, and meets each of its blocks once.
-            unsafe { of.met.write(met, state.chunks_exact(row)) };
+            unsafe { (of.to).meet([sample, query, index], state.chunks_exact(row)) };
             let weights = (0..count).map(|row| match of.direction {
                 Direction::Forward => powers.aged(row, count),
                 Direction::Backward => powers.reached(row),
@@ -151,7 +213,7 @@ impl WithSimd for Part<'_> {
             hand_on(simd, state, powers, ab, [count, d, dv], ahead);
         }
         // SAFETY: this part alone has these heads, and is at the end once.
-        unsafe { (of.last).write([sample, heads.start * d, 0], states.chunks_exact(row)) };
+        unsafe { (of.to).leave([sample, heads.start], states.chunks_exact(row)) };
     }
 }
 

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use super::super::super::rows::{NewRows, Rows};
 use super::super::super::{Head, heads_of, pack, tensor};
 use super::super::gradients::{self, Before};
-use super::super::parts::{heads_of_a_part, steps, whole};
+use super::super::parts::{heads_of_a_part, steps};
 use super::super::states::hand_on;
 use super::super::{Powers, input, states_of};
 use crate::attention::linear::Problem;
@@ -167,15 +167,12 @@ impl WithSimd for Part<'_> {
 impl Backward<'_> {
     /// What a block of a head reads and writes.
     fn runs(&self, index: usize, head: &Head) -> impl Iterator<Item = Run> {
-        let (rows, sample, d) = (&self.blocks[index], head.sample, self.k.width());
+        let (rows, sample) = (&self.blocks[index], head.sample);
         let at = [sample, rows.start, head.kv];
-        let Before { q, dout, met } = &self.before;
-        let dq = &self.dq;
         let of_query = move |query| {
             let at = [sample, rows.start, query];
-            let met = met.run([sample, index * d, query]);
-            let met = whole(met.start, d * met.width, rows.len());
-            [q.run(at), dout.run(at), met, dq.run(at)]
+            let read = self.before.runs(at, index, rows.len());
+            read.into_iter().chain([self.dq.run(at)])
         };
         [
             self.k.run(at),

@@ -13,8 +13,8 @@ use rayon::prelude::*;
 
 use super::super::super::rows::{NewRows, Rows};
 use super::super::super::{pack, tensor};
-use super::super::parts::{parts, steps, whole};
-use super::super::states::hand_on;
+use super::super::parts::{of_state, parts, steps};
+use super::super::states::{StatesOut, hand_on};
 use super::super::{Powers, input, output};
 use crate::attention::linear::Problem;
 use crate::simd::{Level, Run};
@@ -39,8 +39,7 @@ pub(in super::super) fn forward(
         blocks,
         problem,
         out: NewRows::new([samples, length, heads], dv),
-        met: NewRows::new([samples, heads * blocks.len() * d, 1], dv),
-        last: NewRows::new([samples, heads * d, 1], dv),
+        states: StatesOut::new([samples, heads, blocks.len()], [d, dv]),
     };
     let of_part = |scratch: &mut _, (sample, heads)| {
         level.run(Part {
@@ -51,14 +50,9 @@ pub(in super::super) fn forward(
         });
     };
     (parts(samples, heads).into_par_iter()).for_each_init(Scratch::default, of_part);
-    let Forward { out, met, last, .. } = forward;
-    (
-        tensor(out.all(), [samples, length, heads, dv], &device),
-        [
-            tensor(last.all(), [samples, heads, d, dv], &device),
-            tensor(met.all(), [samples, heads, blocks.len() * d, dv], &device),
-        ],
-    )
+    let Forward { out, states, .. } = forward;
+    let out = tensor(out.all(), [samples, length, heads, dv], &device);
+    (out, states.tensors(&device))
 }
 
 /// What a thread needs for a part; kept from one to the next.
@@ -78,8 +72,7 @@ struct Forward<'a> {
     blocks: &'a [Range<usize>],
     problem: &'a Problem,
     out: NewRows,
-    met: NewRows,
-    last: NewRows,
+    states: StatesOut,
 }
 
 /// Query heads of a sample that lie side by side.
@@ -123,9 +116,8 @@ impl WithSimd for Part<'_> {
                 let runs = forward.runs(sample, index, heads.start + nth);
                 block.ahead.want(runs, blocks[index].len());
             }
-            let at = forward.met_at(sample, index, head);
             // SAFETY: this part alone has this head, and meets each of its blocks once.
-            unsafe { forward.met.write(at, state.chunks_exact(row)) };
+            unsafe { (forward.states).meet([sample, head, index], state.chunks_exact(row)) };
             block.enter::<S>(q.positions(sample, rows, head), sizes);
             block.reach(
                 simd,
@@ -144,31 +136,22 @@ impl WithSimd for Part<'_> {
             hand_on(simd, state, powers, kv, sizes, &mut block.ahead);
         }
         // SAFETY: this part alone has these heads, and is at the end once.
-        unsafe { (forward.last).write([sample, heads.start * d, 0], states.chunks_exact(row)) };
+        unsafe { (forward.states).leave([sample, heads.start], states.chunks_exact(row)) };
     }
 }
 
 impl Forward<'_> {
-    /// Where the rows of the state lie that a block meets.
-    fn met_at(&self, sample: usize, index: usize, head: usize) -> [usize; 3] {
-        [
-            sample,
-            (head * self.blocks.len() + index) * self.q.width(),
-            0,
-        ]
-    }
-
     /// What a block of a head reads and writes.
     fn runs(&self, sample: usize, index: usize, head: usize) -> [Run; 5] {
         let (rows, d) = (&self.blocks[index], self.q.width());
         let (at, kv_head) = (rows.start, self.problem.kv_head(head));
-        let met = self.met.run(self.met_at(sample, index, head));
+        let met = self.states.run([sample, head, index]);
         [
             self.q.run([sample, at, head]),
             self.k.run([sample, at, kv_head]),
             self.v.run([sample, at, kv_head]),
             self.out.run([sample, at, head]),
-            whole(met.start, d * met.width, rows.len()),
+            of_state(met, d, rows.len()),
         ]
     }
 }
