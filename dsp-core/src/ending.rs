@@ -28,8 +28,9 @@ use crate::fused::{channels, gated_sum, side_by_side};
 use crate::group::{Group, InFlight, Request, Step};
 use crate::layout::{Layout, Shard};
 use crate::ledger::{Collective, Phase};
-use crate::linear::{leading_ones, sum_of_rows, times, weight_gradient};
+use crate::linear::{leading_ones, sum_of_rows, times, times_and_bias, weight_gradient};
 use crate::partition::Partition;
+use crate::shape::reshape;
 use crate::vjp::attach5;
 
 /// What ends a sub-layer: a projection, its bias, and the gate before the residual connection, if there is one.
@@ -113,10 +114,9 @@ pub(crate) fn switched(
     let mut flights = vec![];
     for (part, range) in kept.switch.ranges.iter().enumerate() {
         let of_part = |x: &Tensor<DIMS>| channels(x.clone(), range.clone());
-        let mut y = times(kept.h.clone(), channels(kept.weight.clone(), range.clone()));
-        if has_bias {
-            y = y + of_part(&bias);
-        }
+        let columns = channels(kept.weight.clone(), range.clone());
+        let bias = has_bias.then(|| reshape(of_part(&bias), [range.len()]));
+        let y = times_and_bias(kept.h.clone(), columns, bias);
         let sum = match has_gate {
             true => {
                 let gate = of_part(&gate);

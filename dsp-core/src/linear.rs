@@ -10,7 +10,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use crate::matmul::matmul;
+use crate::matmul::{matmul, matmul_and_row};
 use crate::shape::reshape;
 use crate::vjp::attach3;
 
@@ -41,10 +41,8 @@ pub fn affine<const D: usize>(
     let (inner_x, inner_w) = (x.clone().inner(), weight.clone().inner());
     let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
 
-    let mut y = times(inner_x.clone(), inner_w.clone());
-    if let Some(bias) = &bias {
-        y = y + leading_ones(bias.clone().inner());
-    }
+    let inner_bias = bias.as_ref().map(|bias| bias.clone().inner());
+    let y = times_and_bias(inner_x.clone(), inner_w.clone(), inner_bias);
     let has_bias = bias.is_some();
     let bias = match bias {
         Some(bias) => leading_ones(bias),
@@ -80,15 +78,35 @@ pub fn affine<const D: usize>(
 /// # Panics
 /// If the widths differ.
 pub fn times<const D: usize>(x: Tensor<D>, matrix: Tensor<2>) -> Tensor<D> {
+    times_and_bias(x, matrix, None)
+}
+
+/// As [`times`], and plus `bias`, `[out]`, at every position.
+///
+/// # Panics
+/// If the widths differ.
+pub(crate) fn times_and_bias<const D: usize>(
+    x: Tensor<D>,
+    matrix: Tensor<2>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
     let mut dims = x.dims();
     let (rows, [inputs, outputs]) = (rows_of(&dims), matrix.dims());
     assert_eq!(dims[D - 1], inputs, "a linear layer's input has its width");
     dims[D - 1] = outputs;
     if rows * inputs * outputs == 0 {
-        return Tensor::zeros(dims, (&x.device(), x.dtype()));
+        let zeros = Tensor::zeros(dims, (&x.device(), x.dtype()));
+        return match bias {
+            Some(bias) => zeros + leading_ones(bias),
+            None => zeros,
+        };
     }
-    let product = matmul(reshape(x, [rows, inputs]), matrix);
-    reshape(product, dims)
+    let x = reshape(x, [rows, inputs]);
+    let y = match bias {
+        Some(bias) => matmul_and_row(x, matrix, bias),
+        None => matmul(x, matrix),
+    };
+    reshape(y, dims)
 }
 
 /// `dW = xᵀ·g` of `y = x·W`, over all positions of untracked tensors; zeros where there are none.

@@ -186,8 +186,8 @@ pub(crate) fn gpu(gpu: &Gpu) -> Result<()> {
     timed(gpu.seen_by(train.arg(&folder))?)
 }
 
-/// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's compiler for NVIDIA's GPUs is LLVM, of
-/// which its build fetches hundreds of megabytes unless it is told that only documentation is wanted.
+/// What needs CUDA compiles, without a warning. Nothing of it is linked: CubeCL's build fetches LLVM, hundreds of megabytes,
+/// also where NVRTC compiles the kernels, unless it is told that only documentation is wanted.
 pub(crate) fn check() -> Result<()> {
     let mut check = cargo();
     check.args(["clippy", "--workspace", "--exclude=xtask", "--all-targets"]);

@@ -34,7 +34,8 @@ pub(crate) fn native<const D: usize>(x: &Tensor<D>) -> Option<Native> {
     }
 }
 
-fn primitive<const D: usize>(x: Tensor<D>) -> FlexTensor {
+/// What Burn has below a tensor that [`native`] has found to be on Flex.
+pub(crate) fn primitive<const D: usize>(x: Tensor<D>) -> FlexTensor {
     match x.try_into_primitive::<Flex>() {
         Ok(x) => x,
         Err(problem) => unreachable!("`native` has found the tensor to be on Flex: {problem:?}"),
