@@ -14,7 +14,7 @@
     expect(unsafe_code, reason = "a hint names an address")
 )]
 
-/// Multiply-adds for each cache line that is asked for: some 11 ns of the arithmetic of a core, in which its memory can
+/// Multiply-adds for each cache line that is asked for, where there are enough: some 11 ns of the arithmetic of a core, in which its memory can
 /// deliver more than a line.
 const PACE: usize = 512;
 
@@ -30,10 +30,20 @@ pub(crate) struct Run {
     pub(crate) width: usize,
 }
 
+impl Run {
+    /// Cache lines of a row, about.
+    #[inline(always)]
+    fn lines(&self) -> usize {
+        self.width.div_ceil(LINE)
+    }
+}
+
 /// What is wanted next; nothing by default.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead {
     runs: Vec<Run>,
+    /// Multiply-adds for each line.
+    pace: usize,
     /// Rows of each run, and which of them is the next.
     rows: usize,
     row: usize,
@@ -46,9 +56,21 @@ pub(crate) struct Ahead {
 impl Ahead {
     /// Rows of runs, in place of what was wanted before.
     pub(crate) fn want(&mut self, runs: impl IntoIterator<Item = Run>, rows: usize) {
+        self.want_within(runs, rows, usize::MAX);
+    }
+
+    /// The same, and sooner where so many multiply-adds would else not be enough for all of them.
+    pub(crate) fn want_within(
+        &mut self,
+        runs: impl IntoIterator<Item = Run>,
+        rows: usize,
+        multiply_adds: usize,
+    ) {
         self.runs.clear();
         self.runs.extend(runs);
         self.rows = rows;
+        let lines: usize = self.runs.iter().map(Run::lines).sum();
+        self.pace = PACE.min(multiply_adds / (lines * rows).max(1));
         (self.row, self.run, self.earned) = (0, 0, 0);
     }
 
@@ -66,11 +88,11 @@ impl Ahead {
         while self.row < self.rows
             && let Some(run) = self.runs.get(self.run)
         {
-            let lines = run.width.div_ceil(LINE);
-            if self.earned < lines * PACE {
+            let lines = run.lines();
+            if self.earned < lines * self.pace {
                 return;
             }
-            self.earned -= lines * PACE;
+            self.earned -= lines * self.pace;
             let row = run.start.wrapping_add(self.row * run.stride);
             (0..lines).for_each(|line| fetch(row.wrapping_add(line * LINE)));
             self.run += 1;
@@ -130,5 +152,12 @@ mod tests {
         ahead.want([], 3);
         ahead.worked(PACE);
         assert_eq!((ahead.row, ahead.run), (0, 0));
+        // Nine lines within 900 multiply-adds.
+        ahead.want_within([run(17), run(16)], 3, 900);
+        let seen = [100, 100, 100, 500, 100].map(|work| {
+            ahead.worked(work);
+            (ahead.row, ahead.run)
+        });
+        assert_eq!(seen, [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0)]);
     }
 }

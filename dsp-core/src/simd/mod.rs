@@ -12,7 +12,7 @@ use pulp::{Simd, WithSimd};
 
 pub(crate) use ahead::{Ahead, Run};
 pub(crate) use exp::{exp2, exp2_row, row_max};
-pub(crate) use product::{Left, Store, multiply, multiply_ahead, panel_width};
+pub(crate) use product::{Left, Store, multiply, panel_width};
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy)]

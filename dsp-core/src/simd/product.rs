@@ -107,23 +107,6 @@ pub(crate) fn multiply<S: Simd>(
     simd: S,
     sizes: [usize; 3],
     left: Left<'_>,
-    right: (&[f32], usize),
-    out: (&mut [f32], usize),
-    store: Store,
-) {
-    let ahead = &mut Ahead::default();
-    multiply_ahead(simd, sizes, left, right, out, store, ahead);
-}
-
-/// As [`multiply`], and asks meanwhile for what is wanted next.
-///
-/// # Panics
-/// As [`Product`].
-#[inline(always)]
-pub(crate) fn multiply_ahead<S: Simd>(
-    simd: S,
-    sizes: [usize; 3],
-    left: Left<'_>,
     (right, steps): (&[f32], usize),
     (out, out_row): (&mut [f32], usize),
     store: Store,

@@ -15,11 +15,11 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::forward::padded;
-use super::rows::{Rows, RowsOut};
+use super::rows::{NewRows, Rows};
 use super::visible::Visible;
 use super::{Head, Tiling, numbers, pack};
 use crate::attention::softmax::{Problem, positions_of};
-use crate::simd::{Left, Level, Store, exp2, multiply, panel_width};
+use crate::simd::{Ahead, Left, Level, Run, Store, exp2, multiply, panel_width};
 
 /// One backward: what is read, and what is written.
 pub(super) struct Backward<'a> {
@@ -33,9 +33,9 @@ pub(super) struct Backward<'a> {
     pub(super) out: Rows<'a>,
     pub(super) dout: Rows<'a>,
     pub(super) lse: Rows<'a>,
-    pub(super) dq: RowsOut<'a>,
+    pub(super) dq: NewRows,
     /// `dk` and `dv` of each chunk of queries.
-    pub(super) sums: Vec<[RowsOut<'a>; 2]>,
+    pub(super) sums: Vec<[NewRows; 2]>,
 }
 
 /// The queries in as many chunks as make enough parts of the work of so few heads. They depend on the problem
@@ -71,6 +71,8 @@ struct Scratch {
     dk: Vec<f32>,
     dv: Vec<f32>,
     dropped: Vec<bool>,
+    /// What the next part reads and writes.
+    ahead: Ahead,
 }
 
 impl Backward<'_> {
@@ -79,15 +81,43 @@ impl Backward<'_> {
         (0..heads.len() * chunks.len())
             .into_par_iter()
             .for_each_init(Scratch::default, |scratch, index| {
-                let chunk = index % chunks.len();
+                let part = |index: usize| {
+                    let chunk = index % chunks.len();
+                    let head = heads.get(index / chunks.len())?;
+                    Some((head, chunks[chunk].clone(), &self.sums[chunk]))
+                };
+                let Some((head, queries, sums)) = part(index) else {
+                    return;
+                };
+                let widths = self.q.width() + self.v.width();
+                let work = queries.len() * self.keys * head.query.len() * 5 * widths / 2;
+                let next = part(index + 1);
+                let runs = next.into_iter().flat_map(|next| self.runs(next));
+                (scratch.ahead).want_within(runs, queries.len().min(self.keys), work);
                 self.level.run(Part {
                     backward: self,
-                    head: &heads[index / chunks.len()],
-                    queries: chunks[chunk].clone(),
-                    sums: &self.sums[chunk],
+                    head,
+                    queries,
+                    sums,
                     scratch,
                 });
             });
+    }
+
+    /// What a part reads and writes.
+    fn runs<'r>(
+        &'r self,
+        (head, queries, [dk, dv]): (&'r Head, Range<usize>, &'r [NewRows; 2]),
+    ) -> impl Iterator<Item = Run> + use<'r> {
+        let Head { sample, kv, .. } = *head;
+        let row = [sample, 0, kv];
+        let of_kv = [self.k.run(row), self.v.run(row), dk.run(row), dv.run(row)];
+        let of_query = head.query.clone().flat_map(move |query| {
+            let row = [sample, queries.start, query];
+            let read = [&self.q, &self.out, &self.dout].map(|x| x.run(row));
+            read.into_iter().chain([self.dq.run(row)])
+        });
+        of_kv.into_iter().chain(of_query)
     }
 }
 
@@ -96,7 +126,7 @@ struct Part<'a> {
     backward: &'a Backward<'a>,
     head: &'a Head,
     queries: Range<usize>,
-    sums: &'a [RowsOut<'a>; 2],
+    sums: &'a [NewRows; 2],
     scratch: &'a mut Scratch,
 }
 
@@ -147,6 +177,7 @@ impl WithSimd for Part<'_> {
             dk,
             dv,
             dropped,
+            ahead,
         } = scratch;
         weights.resize(block * score_row, 0.0);
         scores.resize(block * score_row, 0.0);
@@ -155,7 +186,10 @@ impl WithSimd for Part<'_> {
 
         for first_key in (0..keys).step_by(tile) {
             let of_tile = first_key..keys.min(first_key + tile);
-            let mut any = false;
+            for (sums, row) in [(&mut *dk, q_row), (&mut *dv, v_row)] {
+                sums.clear();
+                sums.resize(of_tile.len() * row, 0.0);
+            }
             for first_row in (0..rows).step_by(block) {
                 let of_block = first_row..rows.min(first_row + block);
                 let mut of_queries = of_block.start / group..of_block.end / group;
@@ -172,13 +206,6 @@ impl WithSimd for Part<'_> {
                     of_queries.end -= 1;
                 }
                 let (first_row, rows) = (of_queries.start * group, of_queries.len() * group);
-                if !any {
-                    dk.clear();
-                    dk.resize(of_tile.len() * q_row, 0.0);
-                    dv.clear();
-                    dv.resize(of_tile.len() * v_row, 0.0);
-                    any = true;
-                }
                 let start = seen.start / panel * panel;
                 let columns = (seen.end - start).next_multiple_of(lanes);
                 multiply(
@@ -188,6 +215,7 @@ impl WithSimd for Part<'_> {
                     (&k_transposed[start * width..], width),
                     (weights, score_row),
                     Store::Set,
+                    ahead,
                 );
                 multiply(
                     simd,
@@ -196,6 +224,7 @@ impl WithSimd for Part<'_> {
                     (&v_transposed[start * value_width..], value_width),
                     (scores, score_row),
                     Store::Set,
+                    ahead,
                 );
                 let dropping = problem.dropout.map(|dropout| {
                     let sample = numbers(&problem.samples, head.sample).next();
@@ -239,6 +268,7 @@ impl WithSimd for Part<'_> {
                     (&packed_dout[first_row * panel..], known.len()),
                     (&mut dv[in_tile * v_row..], v_row),
                     Store::Add,
+                    ahead,
                 );
                 multiply(
                     simd,
@@ -247,6 +277,7 @@ impl WithSimd for Part<'_> {
                     (&packed_q[first_row * panel..], known.len()),
                     (&mut dk[in_tile * q_row..], q_row),
                     Store::Add,
+                    ahead,
                 );
                 multiply(
                     simd,
@@ -255,24 +286,23 @@ impl WithSimd for Part<'_> {
                     (&packed_k[seen.start * panel..], keys),
                     (&mut dq[first_row * q_row..], q_row),
                     Store::Add,
+                    ahead,
                 );
             }
-            if any {
-                for (i, key) in of_tile.enumerate() {
-                    let at = [head.sample, key, head.kv];
-                    // SAFETY: these sums are this chunk's, this part alone has this head of it, and a row of it is
-                    // written once.
-                    let (to_dk, to_dv) = unsafe { (dk_out.row(at), dv_out.row(at)) };
-                    scaled(to_dk, &dk[i * q_row..], problem.scale as f32);
-                    scaled(to_dv, &dv[i * v_row..], 1.0);
-                }
+            scale(dk, problem.scale as f32);
+            let at = [head.sample, first_key, head.kv];
+            // SAFETY: these sums are this chunk's, this part alone has this head of it, and writes a row of it once.
+            unsafe {
+                dk_out.write(at, dk.chunks(q_row));
+                dv_out.write(at, dv.chunks(v_row));
             }
         }
-        for row in 0..rows {
-            let (_, at) = head.row(&queries, row);
-            // SAFETY: this part alone has these queries of this head, and a row of them is written once.
-            let to = unsafe { backward.dq.row(at) };
-            scaled(to, &dq[row * q_row..], problem.scale as f32);
+        scale(dq, problem.scale as f32);
+        for (i, query) in head.query.clone().enumerate() {
+            let at = [head.sample, queries.start, query];
+            let of_query = dq[i * q_row..].chunks(q_row).step_by(group);
+            // SAFETY: this part alone has these queries of this head, and writes a row of them once.
+            unsafe { backward.dq.write(at, of_query) };
         }
     }
 }
@@ -359,6 +389,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn scaled(to: &mut [f32], from: &[f32], factor: f32) {
-    to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
+fn scale(rows: &mut [f32], factor: f32) {
+    rows.iter_mut().for_each(|x| *x *= factor);
 }

@@ -11,11 +11,11 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::rows::{Rows, RowsOut};
+use super::rows::{NewRows, Rows};
 use super::visible::Visible;
 use super::{Head, Tiling, numbers, pack};
 use crate::attention::softmax::{Problem, positions_of};
-use crate::simd::{Left, Level, Store, exp2_row, multiply, panel_width, row_max};
+use crate::simd::{Ahead, Left, Level, Run, Store, exp2_row, multiply, panel_width, row_max};
 
 /// One forward: what is read, and what is written.
 pub(super) struct Forward<'a> {
@@ -27,8 +27,8 @@ pub(super) struct Forward<'a> {
     pub(super) q: Rows<'a>,
     pub(super) k: Rows<'a>,
     pub(super) v: Rows<'a>,
-    pub(super) out: RowsOut<'a>,
-    pub(super) lse: RowsOut<'a>,
+    pub(super) out: NewRows,
+    pub(super) lse: NewRows,
 }
 
 /// The keys and values of one head, packed.
@@ -48,45 +48,75 @@ struct Scratch {
     /// Of each row, the largest score so far and the sum of the powers relative to it.
     running: Vec<[f32; 2]>,
     dropped: Vec<bool>,
+    /// What the next head reads and writes.
+    ahead: Ahead,
 }
 
 impl Forward<'_> {
-    /// Every head by itself, and within a head every block of queries.
+    /// Every head by itself, and where they are few, within a head every block of queries.
     pub(super) fn run(&self, heads: &[Head]) {
-        heads
-            .par_iter()
-            .for_each_init(Default::default, |(packed, scratch), head| {
-                self.head(head, packed, scratch);
+        let many = heads.len() >= 2 * rayon::current_num_threads();
+        (0..heads.len()).into_par_iter().for_each_init(
+            Default::default,
+            |(packed, scratch), index| {
+                let (head, next) = (&heads[index], heads.get(index + 1));
+                self.level.run(Pack {
+                    forward: self,
+                    head,
+                    packed,
+                });
+                match many {
+                    true => self.blocks(head, next, packed, scratch),
+                    false => self.blocks_apart(head, packed),
+                }
+            },
+        );
+    }
+
+    /// One after the other, with the rows of the next head asked for meanwhile.
+    fn blocks(&self, head: &Head, next: Option<&Head>, packed: &Packed, scratch: &mut Scratch) {
+        let [queries, keys] = self.lengths;
+        let work = queries * keys * head.query.len() * (self.q.width() + self.v.width());
+        let runs = next.into_iter().flat_map(|next| self.runs(next));
+        (scratch.ahead).want_within(runs, queries.min(keys), work);
+        for index in 0..queries.div_ceil(self.block(head)) {
+            self.run_block(head, packed, scratch, index);
+        }
+    }
+
+    fn blocks_apart(&self, head: &Head, packed: &Packed) {
+        (0..self.lengths[0].div_ceil(self.block(head)))
+            .into_par_iter()
+            .for_each_init(Scratch::default, |scratch, index| {
+                self.run_block(head, packed, scratch, index);
             });
     }
 
-    fn head(&self, head: &Head, packed: &mut Packed, scratch: &mut Scratch) {
-        self.level.run(Pack {
+    /// The queries of a block.
+    fn block(&self, head: &Head) -> usize {
+        (self.tiling.rows / head.query.len()).max(1)
+    }
+
+    fn run_block(&self, head: &Head, packed: &Packed, scratch: &mut Scratch, index: usize) {
+        let ([queries, _], block) = (self.lengths, self.block(head));
+        self.level.run(Block {
             forward: self,
             head,
             packed,
+            queries: index * block..queries.min((index + 1) * block),
+            scratch,
         });
-        let packed = &*packed;
-        let [queries, _] = self.lengths;
-        let size = (self.tiling.rows / head.query.len()).max(1);
-        let block = |scratch: &mut Scratch, first: usize| {
-            self.level.run(Block {
-                forward: self,
-                head,
-                packed,
-                queries: first..queries.min(first + size),
-                scratch,
-            });
-        };
-        if queries <= size {
-            block(scratch, 0);
-        } else {
-            (0..queries.div_ceil(size))
-                .into_par_iter()
-                .for_each_init(Scratch::default, |scratch, index| {
-                    block(scratch, index * size)
-                });
-        }
+    }
+
+    /// What a head reads and writes.
+    fn runs(&self, head: &Head) -> impl Iterator<Item = Run> {
+        let Head { sample, kv, .. } = *head;
+        let of_kv = [&self.k, &self.v].map(|x| x.run([sample, 0, kv]));
+        let of_query = head.query.clone().flat_map(move |query| {
+            let row = [sample, 0, query];
+            [self.q.run(row), self.out.run(row)]
+        });
+        of_kv.into_iter().chain(of_query)
     }
 }
 
@@ -154,6 +184,7 @@ impl WithSimd for Block<'_> {
             out,
             running,
             dropped,
+            ahead,
         } = scratch;
         let positions = numbers(&problem.query_positions, queries.start).take(queries.len());
         visible.find(
@@ -188,6 +219,7 @@ impl WithSimd for Block<'_> {
                     (&packed.k[start * width..], width),
                     (scores, score_row),
                     Store::Set,
+                    ahead,
                 );
                 let dropping = problem.dropout.map(|dropout| {
                     let sample = numbers(&problem.samples, head.sample).next();
@@ -233,24 +265,31 @@ impl WithSimd for Block<'_> {
                     (&packed.v[seen.start * panel..], *keys),
                     (&mut out[first_row * out_row..], out_row),
                     Store::Add,
+                    ahead,
                 );
             }
         }
 
         let kept = (problem.dropout).map_or(1.0, |dropout| dropout.scale() as f32);
-        for (row, [largest, sum]) in running.iter().enumerate() {
-            let (_, at) = head.row(&queries, row);
+        for (row, [largest, sum]) in running.iter_mut().enumerate() {
             // The largest power is 1, so that only a row that saw nothing has none: it keeps its 0 and its −∞.
             if *sum == 0.0 {
                 continue;
             }
-            let factor = kept / sum;
-            // SAFETY: this block alone has these queries of this head, and a row of it is written once.
-            let (of_out, of_lse) = unsafe { (forward.out.row(at), forward.lse.row(at)) };
-            for (to, x) in of_out.iter_mut().zip(&out[row * out_row..]) {
-                *to = x * factor;
+            let factor = kept / *sum;
+            let out = &mut out[row * out_row..(row + 1) * out_row];
+            out.iter_mut().for_each(|x| *x *= factor);
+            *largest = (*largest + sum.log2()) * LN_2 as f32;
+        }
+        for (i, query) in head.query.clone().enumerate() {
+            let at = [head.sample, queries.start, query];
+            let of_out = out[i * out_row..].chunks(out_row).step_by(group);
+            let of_lse = running[i..].iter().step_by(group).map(|row| &row[..1]);
+            // SAFETY: this block alone has these queries of this head, and writes their rows once.
+            unsafe {
+                forward.out.write(at, of_out);
+                forward.lse.write(at, of_lse);
             }
-            of_lse[0] = (*largest + sum.log2()) * LN_2 as f32;
         }
     }
 }

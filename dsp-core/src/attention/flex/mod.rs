@@ -37,7 +37,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::softmax::{HeadRange, Problem, Sizes};
 use crate::simd::Level;
-use rows::{Row, Rows, RowsOut, readable};
+use rows::{NewRows, Row, Rows, readable};
 
 /// The sizes of a tile. Results depend on that of keys by rounding only, and not on the others.
 #[derive(Debug, Clone, Copy)]
@@ -98,9 +98,8 @@ pub(super) fn forward_in(
     let dims = [batch, queries, heads];
     let width = sizes.v[3];
     let inputs = [q, k, v].map(|tensor| readable(flex(tensor.clone())));
-    let mut out = vec![0.0; batch * queries * heads * width];
-    let mut lse = vec![f32::NEG_INFINITY; batch * queries * heads];
-    if sizes.k[1] > 0 && !out.is_empty() {
+    let rows = batch * queries * heads;
+    let (out, lse) = if sizes.k[1] > 0 && rows * width > 0 {
         let [q, k, v] = inputs.each_ref().map(Rows::of);
         let forward = forward::Forward {
             level,
@@ -110,11 +109,14 @@ pub(super) fn forward_in(
             q,
             k,
             v,
-            out: RowsOut::new(&mut out, dims, width),
-            lse: RowsOut::new(&mut lse, dims, 1),
+            out: NewRows::new(dims, width),
+            lse: NewRows::new(dims, 1),
         };
         forward.run(&heads_of(batch, &problem.heads));
-    }
+        (forward.out.all(), forward.lse.all())
+    } else {
+        (vec![0.0; rows * width], vec![f32::NEG_INFINITY; rows])
+    };
     (
         tensor(out, [batch, queries, heads, width], &device),
         tensor(lse, dims, &device),
@@ -133,17 +135,18 @@ pub(super) fn backward_in(
     let shapes = [sizes.q, sizes.k, sizes.v];
     let lengths = [sizes.q[1], sizes.k[1]];
     let heads = heads_of(sizes.q[0], &problem.heads);
-    let [mut dq, mut dk, mut dv] = shapes.map(|shape| vec![0.0; shape.iter().product()]);
-    if !dq.is_empty() && !dk.is_empty() {
+    let mut gradients = shapes.map(|shape| vec![0.0; shape.iter().product()]);
+    if gradients
+        .iter()
+        .take(2)
+        .all(|gradient| !gradient.is_empty())
+    {
         let lse = lse.clone().unsqueeze_dim::<4>(3);
         let inputs = [q, k, v, out, dout, &lse].map(|x| readable(flex(x.clone())));
         let chunks = backward::chunks(heads.len(), lengths[0]);
-        // Of each chunk of queries after the first, a part of dk and dv, to be added in order.
-        let mut parts = vec![(vec![0.0; dk.len()], vec![0.0; dv.len()]); chunks.len() - 1];
-        let rows =
-            |data, shape: [usize; 4]| RowsOut::new(data, [shape[0], shape[1], shape[2]], shape[3]);
-        let mut sums = vec![[rows(&mut dk, sizes.k), rows(&mut dv, sizes.v)]];
-        sums.extend((parts.iter_mut()).map(|(dk, dv)| [rows(dk, sizes.k), rows(dv, sizes.v)]));
+        let new = |[samples, length, heads, width]: [usize; 4]| {
+            NewRows::new([samples, length, heads], width)
+        };
         let [q, k, v, out, dout, lse] = inputs.each_ref().map(Rows::of);
         let backward = backward::Backward {
             level,
@@ -156,16 +159,24 @@ pub(super) fn backward_in(
             out,
             dout,
             lse,
-            dq: rows(&mut dq, sizes.q),
-            sums,
+            dq: new(sizes.q),
+            sums: chunks
+                .iter()
+                .map(|_| [new(sizes.k), new(sizes.v)])
+                .collect(),
         };
         backward.run(&heads, &chunks);
-        drop(backward);
-        for (more_dk, more_dv) in parts {
+        let backward::Backward { dq, sums, .. } = backward;
+        let mut sums = sums.into_iter().map(|sums| sums.map(NewRows::all));
+        // Of each chunk of queries a part of dk and dv, which are added in order.
+        let [mut dk, mut dv] = sums.next().expect("there is a chunk");
+        for [more_dk, more_dv] in sums {
             add(&mut dk, &more_dk);
             add(&mut dv, &more_dv);
         }
+        gradients = [dq.all(), dk, dv];
     }
+    let [dq, dk, dv] = gradients;
     [
         tensor(dq, sizes.q, &device),
         tensor(dk, sizes.k, &device),

@@ -56,7 +56,8 @@ pub(super) fn panels<'a, S: Simd>(
     }
 }
 
-/// A right side whose columns are the rows: panels of rows, `[⌈rows / panel⌉, width, panel]`.
+/// A right side whose columns are the rows: panels of rows, `[⌈rows / panel⌉, width, panel]`. Zeros fill up the last
+/// vector; what comes after it in its panel is anything.
 #[inline(always)]
 pub(super) fn transposed_panels<'a, S: Simd>(
     packed: &mut Vec<f32>,
@@ -65,13 +66,10 @@ pub(super) fn transposed_panels<'a, S: Simd>(
     width: usize,
 ) {
     let panel = panel_width::<S>();
-    let size = count.div_ceil(panel) * width * panel;
-    if packed.len() != size {
-        packed.clear();
-        packed.resize(size, 0.0);
-    }
-    for packed in packed.chunks_exact_mut(width * panel) {
-        for lane in 0..panel {
+    packed.resize(count.div_ceil(panel) * width * panel, 0.0);
+    let columns = count.next_multiple_of(S::F32_LANES);
+    for (index, packed) in packed.chunks_exact_mut(width * panel).enumerate() {
+        for lane in 0..panel.min(columns - index * panel) {
             if let Some(row) = rows.next() {
                 for (x, step) in row.iter().zip(packed.chunks_exact_mut(panel)) {
                     step[lane] = *x;

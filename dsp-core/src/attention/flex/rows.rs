@@ -5,7 +5,6 @@
     reason = "threads write rows of one tensor that they share out among themselves"
 )]
 
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -102,45 +101,6 @@ impl Contiguous {
         let [samples, positions, heads] = self.dims;
         assert!(sample < samples && position < positions && head < heads);
         ((sample * positions + position) * heads + head) * self.width
-    }
-}
-
-/// A new contiguous tensor `[B, L, H, w]`, whose rows several threads write.
-pub(super) struct RowsOut<'a> {
-    data: *mut f32,
-    place: Contiguous,
-    lifetime: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: what threads share is a pointer, through which they reach only rows that they asked for by
-// `RowsOut::row`; whose callers keep them apart.
-unsafe impl Sync for RowsOut<'_> {}
-
-impl<'a> RowsOut<'a> {
-    pub(super) fn new(data: &'a mut [f32], dims: Row, width: usize) -> Self {
-        let place = Contiguous { dims, width };
-        assert_eq!(data.len(), place.rows() * width);
-        Self {
-            data: data.as_mut_ptr(),
-            place,
-            lifetime: PhantomData,
-        }
-    }
-
-    /// # Panics
-    /// If there is no such row.
-    ///
-    /// # Safety
-    /// Nobody else holds the same row: the caller's part of the work is the only one that writes it.
-    #[expect(
-        clippy::mut_from_ref,
-        reason = "rows are apart, which the caller vouches for"
-    )]
-    #[inline(always)]
-    pub(super) unsafe fn row(&self, row: Row) -> &mut [f32] {
-        let start = self.place.start(row);
-        // SAFETY: the row lies inside by the assertions here and in `new`, and is nobody else's.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), self.place.width) }
     }
 }
 

@@ -17,7 +17,7 @@ use super::super::{Head, heads_of, pack, tensor};
 use super::parts::of_state;
 use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead, panel_width};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply, panel_width};
 
 /// The gradients of the query, the key and the value, from the rows of each block and the state before it, and with
 /// what the gradients of the states after the blocks contribute, if they are known.
@@ -359,7 +359,7 @@ impl Scratch {
         pack::transposed_panels::<S>(&mut self.state, state, d, dv);
         let out = &mut self.dq;
         out.resize(count * q_row, 0.0);
-        multiply_ahead(
+        multiply(
             simd,
             [count, d, dv],
             Left::rows(&self.dout, v_row),
@@ -379,7 +379,7 @@ impl Scratch {
         for first in (0..count).step_by(STRIP) {
             let end = count.min(first + STRIP);
             let strip = end - first;
-            multiply_ahead(
+            multiply(
                 simd,
                 [strip, end, d],
                 Left::rows(&self.q[first * q_row..], q_row),
@@ -388,7 +388,7 @@ impl Scratch {
                 Store::Set,
                 &mut self.ahead,
             );
-            multiply_ahead(
+            multiply(
                 simd,
                 [strip, end, dv],
                 Left::rows(&self.dout[first * v_row..], v_row),
@@ -405,7 +405,7 @@ impl Scratch {
             }
             let [weights, dweights] = [&self.weights, &self.dweights];
             let from = first * panel;
-            multiply_ahead(
+            multiply(
                 simd,
                 [strip, d, end],
                 Left::rows(dweights, score_row),
@@ -414,7 +414,7 @@ impl Scratch {
                 Store::Add,
                 &mut self.ahead,
             );
-            multiply_ahead(
+            multiply(
                 simd,
                 [end, d, strip],
                 Left::columns(dweights, score_row),
@@ -423,7 +423,7 @@ impl Scratch {
                 Store::Add,
                 &mut self.ahead,
             );
-            multiply_ahead(
+            multiply(
                 simd,
                 [end, dv, strip],
                 Left::columns(weights, score_row),
@@ -454,7 +454,7 @@ impl Scratch {
         let lanes = S::F32_LANES;
         let [k_row, v_row] = [d, dv].map(|width| width.next_multiple_of(lanes));
         pack::panels::<S>(&mut self.state, state.clone(), d, dv);
-        multiply_ahead(
+        multiply(
             simd,
             [count, dv, d],
             Left::rows(&self.k, k_row),
@@ -464,7 +464,7 @@ impl Scratch {
             &mut self.ahead,
         );
         pack::transposed_panels::<S>(&mut self.state, state, d, dv);
-        multiply_ahead(
+        multiply(
             simd,
             [count, d, dv],
             Left::rows(&self.v, v_row),

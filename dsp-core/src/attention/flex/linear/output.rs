@@ -17,7 +17,7 @@ use super::super::{pack, tensor};
 use super::parts::of_state;
 use super::{Powers, STRIP, add_to, input, states_of};
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply};
 
 /// The output: `[B, L, Hq, dv]`. Of the rows of each block alone, or with what the states that they meet give them.
 pub(in crate::attention) fn output(
@@ -148,7 +148,7 @@ impl Scratch {
     ) {
         let [q_row, out_row] = [d, dv].map(|width| width.next_multiple_of(S::F32_LANES));
         pack::panels::<S>(&mut self.state, state, d, dv);
-        multiply_ahead(
+        multiply(
             simd,
             [count, dv, d],
             Left::rows(&self.q, q_row),
@@ -182,7 +182,7 @@ impl Scratch {
         self.weights.resize(STRIP * score_row, 0.0);
         for first in (0..count).step_by(STRIP) {
             let end = count.min(first + STRIP);
-            multiply_ahead(
+            multiply(
                 simd,
                 [end - first, end, d],
                 Left::rows(&self.q[first * q_row..], q_row),
@@ -195,7 +195,7 @@ impl Scratch {
                 let begin = (row - first) * score_row;
                 powers.weigh(row, &mut self.weights[begin..begin + end]);
             }
-            multiply_ahead(
+            multiply(
                 simd,
                 [end - first, dv, end],
                 Left::rows(&self.weights, score_row),

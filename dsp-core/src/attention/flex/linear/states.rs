@@ -17,7 +17,7 @@ use super::parts::{parts, steps};
 use super::{Powers, input};
 use crate::attention::chunks::Direction;
 use crate::attention::linear::Problem;
-use crate::simd::{Ahead, Left, Level, Run, Store, multiply_ahead};
+use crate::simd::{Ahead, Left, Level, Run, Store, multiply};
 
 /// The state that leaves, `[B, Hq, d, dv]`, and those that the blocks meet, `[B, Hq, blocks·d, dv]`; each block adds
 /// the outer products of its rows of `a` and `b`.
@@ -231,7 +231,7 @@ pub(super) fn hand_on<S: Simd>(
     let [a_row, row] = [d, dv].map(|width| width.next_multiple_of(S::F32_LANES));
     let left = powers.rising[count];
     state.iter_mut().for_each(|x| *x *= left);
-    multiply_ahead(
+    multiply(
         simd,
         [d, dv, count],
         Left::columns(a, a_row),
