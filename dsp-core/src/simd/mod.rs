@@ -1,5 +1,5 @@
 //! What the CPU kernels are built of: the instruction set, chosen when the program runs, a matrix
-//! product that keeps its result in registers, and the exponential.
+//! product that keeps its result in registers, a transposition, and the exponential.
 //!
 //! A kernel is a [`WithSimd`] of pulp, generic over the width of a vector; [`Level::run`] compiles
 //! it once for each instruction set and picks the best that the processor has.
@@ -7,12 +7,14 @@
 mod ahead;
 mod exp;
 mod product;
+mod transpose;
 
 use pulp::{Simd, WithSimd};
 
 pub(crate) use ahead::{Ahead, Run};
 pub(crate) use exp::{exp2, exp2_row, row_max};
 pub(crate) use product::{Left, Store, multiply, panel_width};
+pub(crate) use transpose::{ROWS as TRANSPOSED_ROWS, transpose};
 
 /// An instruction set that this processor has.
 #[derive(Debug, Clone, Copy)]

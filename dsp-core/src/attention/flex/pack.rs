@@ -2,7 +2,7 @@
 
 use pulp::Simd;
 
-use crate::simd::panel_width;
+use crate::simd::{TRANSPOSED_ROWS as ROWS, panel_width, transpose};
 
 /// Rows under one another, each times `factor`: `[rows, width up to whole vectors]`.
 #[inline(always)]
@@ -68,16 +68,18 @@ pub(super) fn transposed_panels<'a, S: Simd>(
     let panel = panel_width::<S>();
     packed.resize(count.div_ceil(panel) * width * panel, 0.0);
     let columns = count.next_multiple_of(S::F32_LANES);
-    for (index, packed) in packed.chunks_exact_mut(width * panel).enumerate() {
-        for lane in 0..panel.min(columns - index * panel) {
-            if let Some(row) = rows.next() {
-                for (x, step) in row.iter().zip(packed.chunks_exact_mut(panel)) {
-                    step[lane] = *x;
-                }
-            } else {
-                packed
-                    .chunks_exact_mut(panel)
-                    .for_each(|step| step[lane] = 0.0);
+    for first in (0..columns).step_by(ROWS) {
+        let panel_of = &mut packed[first / panel * width * panel..][..width * panel];
+        let lanes = &mut panel_of[first % panel..];
+        if first + ROWS <= count {
+            let eight = [(); ROWS].map(|()| rows.next().unwrap_or_default());
+            transpose(eight, width, lanes, panel);
+            continue;
+        }
+        for lane in 0..ROWS {
+            let row = rows.next().unwrap_or_default();
+            for (step, to) in lanes.chunks_mut(panel).take(width).enumerate() {
+                to[lane] = row.get(step).copied().unwrap_or_default();
             }
         }
     }
