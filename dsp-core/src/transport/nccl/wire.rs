@@ -1,21 +1,12 @@
-//! What the processes of a job and its hub tell each other, and how a message is framed.
-//!
-//! ```text
-//! ┌──────────────┬─────────────────┐
-//! │ length, u32  │ message, CBOR   │   over TCP; boxes of tensors never go this way
-//! └──────────────┴─────────────────┘
-//! ```
+//! What the processes of a job and its hub tell each other, each as a message in CBOR; boxes of tensors never go this way.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Call, CommError};
-
-/// The longest first message: whoever connects is not yet known.
-pub(super) const LONGEST_HELLO: u32 = 1 << 10;
 
 /// A group, as it is called between processes, and one of its exchanges.
 pub(super) type Key = (u64, u64);
@@ -83,7 +74,9 @@ pub(super) enum Said {
     Failed { launch: u64, cause: CommError },
     /// Its rank has returned, with this value for all.
     Returned { launch: u64, value: Vec<u8> },
-    /// It ends.
+    /// It lives, and has heard the hub's word that it does.
+    Alive,
+    /// It ends: its last message.
     Bye,
 }
 
@@ -94,8 +87,10 @@ pub(super) enum Told {
     Welcome,
     /// They are not, or do not fit together.
     Refused { reason: String },
-    /// The hub lives.
+    /// The hub lives; a process answers.
     Alive,
+    /// The process's last message has been heard, and so all before it.
+    Farewell,
     /// All processes have begun the launch: their movers join under this name.
     Join { launch: u64, name: Vec<u8> },
     /// All members have entered the exchange alike: it is made now, after those before it.
@@ -106,26 +101,16 @@ pub(super) enum Told {
     Done { launch: u64, values: Vec<Vec<u8>> },
 }
 
-/// Writes a message, at once and whole.
-pub(super) fn write(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
-    let mut frame = vec![0; 4];
-    ciborium::into_writer(message, &mut frame).map_err(io::Error::other)?;
-    let length = u32::try_from(frame.len() - 4).map_err(io::Error::other)?;
-    frame[..4].copy_from_slice(&length.to_le_bytes());
-    to.write_all(&frame)
+/// A message's bytes.
+pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    ciborium::into_writer(message, &mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
 }
 
-/// Reads a message of at most `longest` bytes.
-pub(super) fn read<T: DeserializeOwned>(from: &mut impl Read, longest: u32) -> io::Result<T> {
-    let mut length = [0; 4];
-    from.read_exact(&mut length)?;
-    let length = u32::from_le_bytes(length);
-    if length > longest {
-        return Err(io::Error::other(format!("a message of {length} bytes")));
-    }
-    let mut bytes = Vec::new();
-    from.take(u64::from(length)).read_to_end(&mut bytes)?;
-    ciborium::from_reader(&bytes[..]).map_err(io::Error::other)
+/// The message that bytes are.
+pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
+    ciborium::from_reader(bytes).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -133,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_follow_each_other_and_what_is_cut_short_or_noise_is_an_error() {
+    fn messages_are_read_as_they_were_written_and_what_is_cut_short_or_noise_is_an_error() {
         let messages = [
             Said::Hello { rank: 3, size: 4 },
             Said::Returned {
@@ -142,18 +127,12 @@ mod tests {
             },
             Said::Bye,
         ];
-        let mut stream = Vec::new();
-        for message in &messages {
-            write(&mut stream, message).unwrap();
-        }
-        let mut rest = &stream[..];
         for message in messages {
-            assert_eq!(read::<Said>(&mut rest, u32::MAX).unwrap(), message);
+            let bytes = encode(&message).unwrap();
+            assert_eq!(decode::<Said>(&bytes).unwrap(), message);
+            assert!(decode::<Said>(&bytes[..bytes.len() - 1]).is_err());
         }
-        assert!(read::<Said>(&mut rest, u32::MAX).is_err());
-        assert!(read::<Said>(&mut &stream[..6], u32::MAX).is_err());
-        let http = b"GET / HTTP/1.1\r\n\r\n";
-        let error = read::<Said>(&mut &http[..], LONGEST_HELLO).unwrap_err();
-        assert!(error.to_string().contains("a message of"), "{error}");
+        assert!(decode::<Said>(b"GET / HTTP/1.1\r\n\r\n").is_err());
+        assert!(decode::<Said>(b"").is_err());
     }
 }
