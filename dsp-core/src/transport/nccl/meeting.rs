@@ -454,7 +454,14 @@ mod tests {
         lifeless: Duration::from_secs(2),
     };
 
-    /// Below what any patience takes.
+    /// For tests where nothing is to be noticed by what does not come.
+    const PATIENT: Pace = Pace {
+        pulse: Duration::from_secs(20),
+        manners: Duration::from_secs(60),
+        lifeless: Duration::from_secs(60),
+    };
+
+    /// Far above what a word takes, and below what patience does.
     const AT_ONCE: Duration = Duration::from_secs(2);
 
     fn soon() -> Instant {
@@ -667,7 +674,7 @@ mod tests {
 
     #[test]
     fn a_process_that_is_killed_is_named_to_all_others_at_once() {
-        let (hub, mut lines) = job(3, PACE);
+        let (hub, mut lines) = job(3, PATIENT);
         let killed = lines.pop().unwrap();
         std::thread::scope(|scope| {
             let others = lines.into_iter().map(|mut line| {
@@ -781,12 +788,9 @@ mod tests {
                             break;
                         }
                         assert!(matches!(told, Told::Done { .. }), "{told:?}");
+                        assert!(start.elapsed() < 5 * QUICK.manners, "not lost");
                     }
-                    let lost = start.elapsed();
-                    assert!(
-                        lost > QUICK.manners / 2 && lost < 5 * QUICK.manners,
-                        "{lost:?}"
-                    );
+                    assert!(start.elapsed() > QUICK.manners / 2, "lost too early");
                     leave(line);
                 });
             }
