@@ -34,8 +34,10 @@ use super::NcclError;
 use super::hub::{Hub, Outbox, To};
 use super::wire::{self, Said, Told};
 
-/// For how long it is tried to connect, before it is tried anew: ZeroMQ tries by itself, but ever more seldom.
-const TRY: Duration = Duration::from_secs(1);
+/// For how long it is tried to connect before it is tried anew, at first and at most: ZeroMQ tries by itself, but ever
+/// more seldom; but some names take seconds to be found.
+const FIRST_TRY: Duration = Duration::from_secs(1);
+const LONGEST_TRY: Duration = Duration::from_secs(10);
 
 /// Between two tries where one fails at once, as with a name that is not known yet.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -378,9 +380,10 @@ impl Line {
     }
 
     async fn connect(&mut self, endpoint: &str, deadline: Instant) -> io::Result<()> {
+        let mut patience = FIRST_TRY;
         loop {
-            let patience = deadline.saturating_duration_since(Instant::now()).min(TRY);
-            let tried = timeout(patience, self.dealer.connect(endpoint)).await;
+            let left = deadline.saturating_duration_since(Instant::now());
+            let tried = timeout(left.min(patience), self.dealer.connect(endpoint)).await;
             let error = match tried {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => io_error(error),
@@ -389,6 +392,7 @@ impl Line {
             if Instant::now() >= deadline {
                 return Err(error);
             }
+            patience = (2 * patience).min(LONGEST_TRY);
             sleep(PAUSE).await;
         }
     }
@@ -814,6 +818,28 @@ mod tests {
             std::thread::sleep(2 * QUICK.manners);
             voice.say(opened(0, 1));
             voice.say(returned(0, 1));
+        });
+        hub.join().unwrap();
+    }
+
+    #[test]
+    fn who_sends_and_reads_large_values_is_not_lost() {
+        const LARGE: usize = 1 << 23;
+        let (hub, lines) = job(2, QUICK);
+        std::thread::scope(|scope| {
+            for mut line in lines {
+                scope.spawn(move || {
+                    for (launch, bytes) in [(0, LARGE), (1, 1)] {
+                        say(&line, opened(launch, 2));
+                        say(&line, returned(launch, bytes));
+                        let told = line.hear().unwrap();
+                        let done =
+                            matches!(&told, Told::Done { values, .. } if values[1].len() == bytes);
+                        assert!(done, "{:?}", failed_by(0, &told));
+                    }
+                    leave(line);
+                });
+            }
         });
         hub.join().unwrap();
     }

@@ -60,7 +60,11 @@ pub(super) enum Said {
         timeout: Duration,
     },
     /// The name under which the processes' movers are to join each other; from rank 0.
-    Meeting { launch: u64, name: Vec<u8> },
+    Meeting {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        name: Vec<u8>,
+    },
     /// Its rank has entered an exchange.
     Entered { launch: u64, exchange: Announcement },
     /// Its rank has waited for some time, or no longer waits.
@@ -73,7 +77,11 @@ pub(super) enum Said {
     /// It has found a cause to fail.
     Failed { launch: u64, cause: CommError },
     /// Its rank has returned, with this value for all.
-    Returned { launch: u64, value: Vec<u8> },
+    Returned {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        value: Vec<u8>,
+    },
     /// It lives, and has heard the hub's word that it does.
     Alive,
     /// It ends: its last message.
@@ -92,13 +100,41 @@ pub(super) enum Told {
     /// The process's last message has been heard, and so all before it.
     Farewell,
     /// All processes have begun the launch: their movers join under this name.
-    Join { launch: u64, name: Vec<u8> },
+    Join {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        name: Vec<u8>,
+    },
     /// All members have entered the exchange alike: it is made now, after those before it.
     Go { launch: u64, key: Key },
     /// The launch has failed: the one cause for all.
     Fate { launch: u64, cause: CommError },
     /// All ranks of the launch have returned: their values, in rank order.
-    Done { launch: u64, values: Vec<Vec<u8>> },
+    Done {
+        launch: u64,
+        #[serde(with = "each_as_bytes")]
+        values: Vec<Vec<u8>>,
+    },
+}
+
+/// Values as bytes each, where serde has lists of numbers: who reads one for seconds does not answer the hub's pulse.
+mod each_as_bytes {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use serde_bytes::{ByteBuf, Bytes};
+
+    pub(super) fn serialize<S: Serializer>(
+        values: &[Vec<u8>],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(values.iter().map(|value| Bytes::new(value)))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Vec<u8>>, D::Error> {
+        let values = Vec::<ByteBuf>::deserialize(deserializer)?;
+        Ok(values.into_iter().map(ByteBuf::into_vec).collect())
+    }
 }
 
 /// A message's bytes.
@@ -116,6 +152,23 @@ pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_takes_as_many_bytes_as_it_has() {
+        let value = || vec![200; 1 << 12];
+        let returned = Said::Returned {
+            launch: 0,
+            value: value(),
+        };
+        assert!(encode(&returned).unwrap().len() < (1 << 12) + 64);
+        let done = Told::Done {
+            launch: 0,
+            values: vec![value(), vec![], value()],
+        };
+        let bytes = encode(&done).unwrap();
+        assert!(bytes.len() < (2 << 12) + 64);
+        assert_eq!(decode::<Told>(&bytes).unwrap(), done);
+    }
 
     #[test]
     fn messages_are_read_as_they_were_written_and_what_is_cut_short_or_noise_is_an_error() {
