@@ -17,6 +17,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -84,6 +85,17 @@ fn unusable(address: &str) -> impl Fn(io::Error) -> NcclError {
     }
 }
 
+/// Does something that waits on a thread of its own: the caller's may serve another runtime, where waiting is a panic.
+fn apart<T: Send>(work: impl FnOnce() -> Result<T, NcclError> + Send) -> Result<T, NcclError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("NCCL, meets".to_owned());
+        let thread = thread
+            .spawn_scoped(scope, work)
+            .map_err(NcclError::Thread)?;
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
 /// The hub's end of all lines.
 pub(super) struct Door {
     router: RouterSocket,
@@ -96,18 +108,20 @@ pub(super) struct Door {
 
 /// Opens the hub's door: what connects from now on is heard when it is served.
 pub(super) fn listen(address: &str) -> Result<Door, NcclError> {
-    let failed = unusable(address);
-    let runtime = runtime().map_err(&failed)?;
-    let mut router = RouterSocket::new();
-    let events = router.monitor();
-    let bound = runtime.block_on(router.bind(&format!("tcp://{address}")));
-    bound.map_err(|error| failed(io_error(error)))?;
-    Ok(Door {
-        router,
-        events,
-        parting: HashSet::new(),
-        pace: PACE,
-        runtime,
+    apart(|| {
+        let failed = unusable(address);
+        let runtime = runtime().map_err(&failed)?;
+        let mut router = RouterSocket::new();
+        let events = router.monitor();
+        let bound = runtime.block_on(router.bind(&format!("tcp://{address}")));
+        bound.map_err(|error| failed(io_error(error)))?;
+        Ok(Door {
+            router,
+            events,
+            parting: HashSet::new(),
+            pace: PACE,
+            runtime,
+        })
     })
 }
 
@@ -334,35 +348,37 @@ pub(super) fn connect(
     (rank, size): (usize, usize),
     deadline: Instant,
 ) -> Result<Line, NcclError> {
-    let failed = unusable(address);
-    let runtime = runtime().map_err(&failed)?;
-    let mut options = SocketOptions::default();
-    options.no_connect_timeout();
-    let mut dealer = DealerSocket::with_options(options);
-    let events = dealer.monitor();
-    let (voice, said) = unbounded();
-    let mut line = Line {
-        dealer,
-        events,
-        said,
-        voice: Voice(voice),
-        // The hub's own deadline may be as late as this process's, and its answer has the better words.
-        patience: deadline.max(Instant::now()) + PACE.manners,
-        parting: false,
-        pace: PACE,
-        runtime: runtime.clone(),
-    };
-    let refused = |reason: String| NcclError::Meeting { reason };
-    let welcome = runtime.block_on(async {
-        line.connect(&format!("tcp://{address}"), deadline).await?;
-        line.send(&Said::Hello { rank, size }).await?;
-        line.next().await
-    });
-    match welcome.map_err(failed)? {
-        Told::Welcome => Ok(line),
-        Told::Refused { reason } => Err(refused(reason)),
-        other => Err(refused(format!("rank 0 said {other:?} and no welcome"))),
-    }
+    apart(|| {
+        let failed = unusable(address);
+        let runtime = runtime().map_err(&failed)?;
+        let mut options = SocketOptions::default();
+        options.no_connect_timeout();
+        let mut dealer = DealerSocket::with_options(options);
+        let events = dealer.monitor();
+        let (voice, said) = unbounded();
+        let mut line = Line {
+            dealer,
+            events,
+            said,
+            voice: Voice(voice),
+            // The hub's own deadline may be as late as this process's, and its answer has the better words.
+            patience: deadline.max(Instant::now()) + PACE.manners,
+            parting: false,
+            pace: PACE,
+            runtime: runtime.clone(),
+        };
+        let refused = |reason: String| NcclError::Meeting { reason };
+        let welcome = runtime.block_on(async {
+            line.connect(&format!("tcp://{address}"), deadline).await?;
+            line.send(&Said::Hello { rank, size }).await?;
+            line.next().await
+        });
+        match welcome.map_err(failed)? {
+            Told::Welcome => Ok(line),
+            Told::Refused { reason } => Err(refused(reason)),
+            other => Err(refused(format!("rank 0 said {other:?} and no welcome"))),
+        }
+    })
 }
 
 impl Line {
@@ -661,6 +677,20 @@ mod tests {
             assert!(error.to_string().contains(&address), "{error}");
             assert!(deadline.elapsed() < AT_ONCE);
         }
+    }
+
+    #[test]
+    fn whoever_serves_a_runtime_meets_too() {
+        runtime().unwrap().block_on(async {
+            let (door, address) = door();
+            assert!(listen(&address).is_err());
+            let hub = serve(door, 1, soon()).unwrap();
+            let line = connect(&address, (0, 1), soon()).unwrap();
+            assert!(connect(&address, (0, 1), soon()).is_err());
+            // As a process does, whose threads hear.
+            std::thread::spawn(|| leave(line)).join().unwrap();
+            hub.join().unwrap();
+        });
     }
 
     #[test]
