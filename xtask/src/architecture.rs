@@ -2,7 +2,7 @@
 //!
 //! - arrows point one way: dsp-bench → dsp-models, dsp-strategies → dsp-core;
 //! - nothing depends on dsp-bench or xtask, and xtask depends on none of the others;
-//! - dsp-core knows neither command line, tables, charts, video files, TOML nor asynchronous runtimes;
+//! - dsp-core knows neither command line, tables, charts, video files nor TOML, and an asynchronous runtime only by a feature;
 //! - dsp-models knows no strategy: neither by a dependency, nor by a feature, nor by name.
 //!
 //! Dependencies are read as the manifests declare them, which covers every feature and platform
@@ -30,20 +30,20 @@ const LAYERS: [(&str, &[&str]); 5] = [
 /// Programs: no crate depends on one, its tests included.
 const PROGRAMS: [&str; 2] = ["dsp-bench", "xtask"];
 
-/// What dsp-core does not depend on directly: it belongs to the program `dsp`, or is no runtime of ours.
-const NOT_IN_CORE: [&str; 11] = [
-    "async-std",
+/// What dsp-core does not depend on directly, as it belongs to the program `dsp`.
+const NOT_IN_CORE: [&str; 8] = [
     "charts-rs",
     "clap",
     "comfy-table",
     "indicatif",
     "minijinja",
-    "smol",
     "tabled",
-    "tokio",
     "toml",
     "y4m",
 ];
+
+/// Asynchronous runtimes, which dsp-core has only where a feature's library needs one: its ranks are threads.
+const RUNTIMES: [&str; 3] = ["async-std", "smol", "tokio"];
 
 /// Features of dsp-strategies that are not strategies: the default, and Burn's backends.
 pub(crate) const NOT_STRATEGIES: [&str; 8] = [
@@ -68,6 +68,8 @@ struct Dependency {
     name: String,
     /// Only tests, examples and benches see it.
     dev: bool,
+    /// Only with a feature.
+    optional: bool,
 }
 
 impl Package {
@@ -88,6 +90,7 @@ impl Package {
             Some(Dependency {
                 name: json["name"].as_str()?.to_owned(),
                 dev: json["kind"] == "dev",
+                optional: json["optional"] == true,
             })
         };
         Some(Self {
@@ -164,18 +167,21 @@ fn broken_edges(packages: &[Package]) -> Vec<String> {
             ));
             continue;
         };
-        for Dependency { name: to, dev } in &package.dependencies {
+        for edge in &package.dependencies {
+            let Dependency { name: to, .. } = edge;
             let ours = packages.iter().any(|package| package.name == *to);
             let rule = if PROGRAMS.contains(&to.as_str()) {
                 "nothing depends on a program"
-            } else if *dev {
+            } else if edge.dev {
                 continue;
             } else if *name == "dsp-models" && to == "dsp-strategies" {
                 "a model knows the trait SequenceParallel, never a strategy; in tests it may, as a dev-dependency"
             } else if ours && !below.contains(&to.as_str()) {
                 "arrows point one way: dsp-bench -> dsp-models, dsp-strategies -> dsp-core"
             } else if *name == "dsp-core" && NOT_IN_CORE.contains(&to.as_str()) {
-                "dsp-core knows neither command line, tables, charts, video files, TOML nor asynchronous runtimes; they belong in dsp-bench"
+                "dsp-core knows neither command line, tables, charts, video files nor TOML; they belong in dsp-bench"
+            } else if *name == "dsp-core" && RUNTIMES.contains(&to.as_str()) && !edge.optional {
+                "dsp-core has an asynchronous runtime only where a feature needs one: its ranks are threads"
             } else {
                 continue;
             };
@@ -296,11 +302,15 @@ fn humps(name: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// A workspace with these edges; `dev` in front of a name makes it a dev-dependency.
+    /// A workspace with these edges; before a name, `dev` makes it a dev-dependency, `optional` one by a feature.
     fn workspace(edges: &[(&str, &[&str])]) -> Vec<Package> {
-        let dependency = |name: &&str| Dependency {
-            name: name.trim_start_matches("dev ").to_owned(),
-            dev: name.starts_with("dev "),
+        let dependency = |edge: &&str| {
+            let (kind, name) = edge.split_once(' ').unwrap_or(("", edge));
+            Dependency {
+                name: name.to_owned(),
+                dev: kind == "dev",
+                optional: kind == "optional",
+            }
         };
         let package = |(name, to): &(&str, &[&str])| Package {
             name: (*name).to_owned(),
@@ -391,6 +401,17 @@ mod tests {
             );
         }
         assert_eq!(broken_edges(&with_edge("dsp-core", "dev toml")), [""; 0]);
+    }
+
+    #[test]
+    fn an_asynchronous_runtime_is_refused_in_core_unless_a_feature_brings_it() {
+        for to in RUNTIMES {
+            let fault = the_fault("dsp-core", to);
+            assert!(fault.contains("only where a feature needs one"), "{fault}");
+            let optional = format!("optional {to}");
+            assert_eq!(broken_edges(&with_edge("dsp-core", &optional)), [""; 0]);
+        }
+        assert!(the_fault("dsp-core", "optional clap").contains("knows neither"));
     }
 
     #[test]

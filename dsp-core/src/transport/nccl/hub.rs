@@ -116,6 +116,8 @@ impl Hub {
             Said::Failed { launch, cause } => self.fail(launch, cause),
             Said::Returned { launch, value } => self.returned(from, launch, value, now),
             Said::Hello { .. } | Said::Bye => self.ended(from),
+            // Who delivers messages asked for it.
+            Said::Alive => {}
         }
         std::mem::take(&mut self.outbox)
     }

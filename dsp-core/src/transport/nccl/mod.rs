@@ -21,7 +21,7 @@
 //! |---|---|
 //! | `wire.rs` | what processes and hub tell each other |
 //! | `hub.rs` | what the hub decides; no sockets, no clock |
-//! | `tcp.rs` | how processes find it |
+//! | `meeting.rs` | how processes find it, and talk with it over ZeroMQ |
 //! | `process.rs` | a process's launches, waits and failures; the thread that moves its boxes |
 //! | `mover.rs` | what that thread needs of a GPU, as a trait |
 //! | `communicator.rs`, `library.rs` | that, by NCCL; every wait is a poll with a deadline |
@@ -44,9 +44,9 @@ mod communicator;
 mod device;
 mod hub;
 mod library;
+mod meeting;
 mod mover;
 mod process;
-mod tcp;
 #[cfg(feature = "nccl")]
 mod tensors;
 mod wire;
@@ -227,14 +227,14 @@ impl NcclConfig {
         let deadline = Instant::now() + self.timeout;
         let hub = match rank {
             0 => {
-                let hub = tcp::serve(tcp::listen(&address)?, size, deadline);
+                let hub = meeting::serve(meeting::listen(&address)?, size, deadline);
                 Some(hub.map_err(NcclError::Thread)?)
             }
             _ => None,
         };
-        let stream = tcp::connect(&address, (rank, size), deadline)?;
+        let line = meeting::connect(&address, (rank, size), deadline)?;
         let mover = move || Gpu::new(library, context, (rank, size));
-        let process = Process::start((rank, size), stream, hub, mover)?;
+        let process = Process::start((rank, size), line, hub, mover)?;
         Ok(Nccl {
             process: Arc::new(process),
             device,

@@ -11,7 +11,6 @@
 //! All that waits ends at a deadline or when the launch fails, and then with the cause that every process gets.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -21,8 +20,9 @@ use std::time::{Duration, Instant};
 use super::NcclError;
 use super::communicator::Boxes;
 use super::hub::NOTICE;
+use super::meeting::{Line, Voice};
 use super::mover::{Mover, Patience};
-use super::wire::{self, Announcement, Key, Said, Told};
+use super::wire::{Announcement, Key, Said, Told};
 use crate::error::{Call, CommError};
 use crate::transport::Times;
 
@@ -59,7 +59,7 @@ pub(super) struct Process {
 struct Shared {
     rank: usize,
     /// The way to the hub.
-    hub: Mutex<TcpStream>,
+    voice: Voice,
     view: Mutex<View>,
     changed: Condvar,
 }
@@ -105,19 +105,18 @@ struct Entry {
 }
 
 impl Process {
-    /// Of a connection to the hub. `mover` is made on the thread that calls it; `hub` is the hub's own thread, where
+    /// Of a line to the hub. `mover` is made on the thread that calls it; `hub` is the hub's own thread, where
     /// it is in this process.
     pub(super) fn start<M: Mover>(
         (rank, size): (usize, usize),
-        stream: TcpStream,
+        line: Line,
         hub: Option<JoinHandle<()>>,
         mover: impl FnOnce() -> M + Send + 'static,
     ) -> Result<Self, NcclError> {
         let (events, happens) = channel();
-        let ears = stream.try_clone().map_err(NcclError::Thread)?;
         let shared = Arc::new(Shared {
             rank,
-            hub: Mutex::new(stream),
+            voice: line.voice(),
             view: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -127,7 +126,7 @@ impl Process {
         };
         let listener = {
             let (shared, events) = (shared.clone(), events.clone());
-            begin("hears", Box::new(move || listen(ears, &shared, &events)))?
+            begin("hears", Box::new(move || listen(line, &shared, &events)))?
         };
         let worker = {
             let shared = shared.clone();
@@ -173,7 +172,7 @@ impl Process {
             state.fail(cause);
         }
         drop(view);
-        self.shared.say(&Said::Opened {
+        self.shared.say(Said::Opened {
             launch,
             ranks,
             timeout,
@@ -254,7 +253,7 @@ impl Job {
             boxes,
             reply,
         })));
-        self.process.shared.say(&Said::Entered {
+        self.process.shared.say(Said::Entered {
             launch: self.launch,
             exchange,
         });
@@ -269,22 +268,22 @@ impl Job {
         deadline: Instant,
     ) -> Result<Times, CommError> {
         let (launch, start) = (self.launch, Instant::now());
-        let say = |said: &Said| self.process.shared.say(said);
+        let say = |said| self.process.shared.say(said);
         let left = || deadline.saturating_duration_since(Instant::now());
         let mut answered = answer.recv_timeout(left().min(NOTICE));
         if let Err(RecvTimeoutError::Timeout) = answered {
-            say(&Said::Waits {
+            say(Said::Waits {
                 launch,
                 wait: Some((exchange.clone(), start.elapsed())),
             });
             answered = answer.recv_timeout(left());
             if let Err(RecvTimeoutError::Timeout) = answered {
                 let waited = start.elapsed();
-                say(&Said::Late { launch, waited });
+                say(Said::Late { launch, waited });
                 answered = answer.recv_timeout(GRACE);
             }
             if let Ok(Ok(_)) = answered {
-                say(&Said::Waits { launch, wait: None });
+                say(Said::Waits { launch, wait: None });
             }
         }
         answered.unwrap_or_else(|_| {
@@ -298,7 +297,7 @@ impl Job {
     /// Fails the launch, unless it has failed before; returns the root cause.
     pub(crate) fn fail(&self, cause: CommError) -> CommError {
         let shared = &self.process.shared;
-        shared.say(&Said::Failed {
+        shared.say(Said::Failed {
             launch: self.launch,
             cause: cause.clone(),
         });
@@ -327,7 +326,7 @@ impl Job {
             state.runs = false;
         }
         if self.rank().is_some() {
-            shared.say(&Said::Returned { launch, value });
+            shared.say(Said::Returned { launch, value });
         }
         let undecided = |view: &mut View| {
             (view.launches.get(&launch))
@@ -364,10 +363,8 @@ impl Shared {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn say(&self, said: &Said) {
-        let mut hub = self.hub.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where the hub is gone, it is heard no more either, which fails all launches.
-        let _ = wire::write(&mut *hub, said);
+    fn say(&self, said: Said) {
+        self.voice.say(said);
     }
 
     /// What is known of a launch: whether it has failed, and how long its exchanges may take.
@@ -379,7 +376,7 @@ impl Shared {
 }
 
 /// Hears the hub until this process or the hub ends.
-fn listen(mut hub: TcpStream, shared: &Shared, events: &Sender<Event>) {
+fn listen(mut line: Line, shared: &Shared, events: &Sender<Event>) {
     let fail = |view: &mut View, launch: u64, cause: CommError| {
         let state = view.launches.entry(launch).or_default();
         // First, for the mover may be at work; and what the rank asks for next comes after the event.
@@ -388,7 +385,7 @@ fn listen(mut hub: TcpStream, shared: &Shared, events: &Sender<Event>) {
         state.fail(cause);
     };
     loop {
-        let told = match wire::read(&mut hub, u32::MAX) {
+        let told = match line.hear() {
             Ok(told) => told,
             Err(error) => {
                 let cause = CommError::Engine {
@@ -422,7 +419,7 @@ fn listen(mut hub: TcpStream, shared: &Shared, events: &Sender<Event>) {
                 shared.changed.notify_all();
                 continue;
             }
-            Told::Alive | Told::Welcome | Told::Refused { .. } => continue,
+            Told::Alive | Told::Farewell | Told::Welcome | Told::Refused { .. } => continue,
         };
         let _ = events.send(event);
     }
@@ -471,7 +468,7 @@ impl<M: Mover> Worker<M> {
             return;
         }
         match self.mover.name() {
-            Ok(name) => self.shared.say(&Said::Meeting { launch, name }),
+            Ok(name) => self.shared.say(Said::Meeting { launch, name }),
             Err(error) => self.failed(launch, &error.to_string()),
         }
     }
@@ -551,7 +548,7 @@ impl<M: Mover> Worker<M> {
             rank: self.shared.rank,
             message: message.to_owned(),
         };
-        self.shared.say(&Said::Failed { launch, cause });
+        self.shared.say(Said::Failed { launch, cause });
     }
 
     /// A launch has failed: what is under way ends, and everybody who waits hears why.
@@ -593,21 +590,14 @@ impl<M: Mover> Worker<M> {
         if (self.mover.leave(&Patience::new(FAREWELL, &failed))).is_err() {
             self.mover.abort();
         }
-        self.shared.say(&Said::Bye);
-        let hub = self
-            .shared
-            .hub
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        // What was said arrives all the same; nothing more is heard.
-        let _ = hub.shutdown(Shutdown::Both);
+        self.shared.say(Said::Bye);
     }
 }
 
 #[cfg(test)]
 mod tests {
 
-    use super::super::tcp;
+    use super::super::meeting;
     use super::*;
     use crate::ledger::Collective;
 
@@ -670,16 +660,16 @@ mod tests {
         body: impl Fn(&Arc<Process>) -> T + Sync,
     ) -> Vec<(T, Vec<String>)> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        let listener = tcp::listen("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let mut hub = Some(tcp::serve(listener, ranks, deadline).unwrap());
+        let mut door = meeting::listen("127.0.0.1:0").unwrap();
+        let address = door.address();
+        let mut hub = Some(meeting::serve(door, ranks, deadline).unwrap());
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..ranks)
                 .map(|rank| {
                     let (hub, address, body) = (hub.take(), &address, &body);
                     scope.spawn(move || {
                         let place = (rank, ranks);
-                        let stream = tcp::connect(address, place, deadline).unwrap();
+                        let line = meeting::connect(address, place, deadline).unwrap();
                         let written = Arc::<Mutex<Vec<String>>>::default();
                         let mover = Notes {
                             rank,
@@ -687,7 +677,7 @@ mod tests {
                             joined: false,
                             written: written.clone(),
                         };
-                        let process = Process::start(place, stream, hub, move || mover).unwrap();
+                        let process = Process::start(place, line, hub, move || mover).unwrap();
                         let process = Arc::new(process);
                         let value = body(&process);
                         drop(process);

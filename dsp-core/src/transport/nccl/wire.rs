@@ -1,21 +1,12 @@
-//! What the processes of a job and its hub tell each other, and how a message is framed.
-//!
-//! ```text
-//! ┌──────────────┬─────────────────┐
-//! │ length, u32  │ message, CBOR   │   over TCP; boxes of tensors never go this way
-//! └──────────────┴─────────────────┘
-//! ```
+//! What the processes of a job and its hub tell each other, each as a message in CBOR; boxes of tensors never go this way.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Call, CommError};
-
-/// The longest first message: whoever connects is not yet known.
-pub(super) const LONGEST_HELLO: u32 = 1 << 10;
 
 /// A group, as it is called between processes, and one of its exchanges.
 pub(super) type Key = (u64, u64);
@@ -69,7 +60,11 @@ pub(super) enum Said {
         timeout: Duration,
     },
     /// The name under which the processes' movers are to join each other; from rank 0.
-    Meeting { launch: u64, name: Vec<u8> },
+    Meeting {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        name: Vec<u8>,
+    },
     /// Its rank has entered an exchange.
     Entered { launch: u64, exchange: Announcement },
     /// Its rank has waited for some time, or no longer waits.
@@ -82,8 +77,14 @@ pub(super) enum Said {
     /// It has found a cause to fail.
     Failed { launch: u64, cause: CommError },
     /// Its rank has returned, with this value for all.
-    Returned { launch: u64, value: Vec<u8> },
-    /// It ends.
+    Returned {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        value: Vec<u8>,
+    },
+    /// It lives, and has heard the hub's word that it does.
+    Alive,
+    /// It ends: its last message.
     Bye,
 }
 
@@ -94,38 +95,58 @@ pub(super) enum Told {
     Welcome,
     /// They are not, or do not fit together.
     Refused { reason: String },
-    /// The hub lives.
+    /// The hub lives; a process answers.
     Alive,
+    /// The process's last message has been heard, and so all before it.
+    Farewell,
     /// All processes have begun the launch: their movers join under this name.
-    Join { launch: u64, name: Vec<u8> },
+    Join {
+        launch: u64,
+        #[serde(with = "serde_bytes")]
+        name: Vec<u8>,
+    },
     /// All members have entered the exchange alike: it is made now, after those before it.
     Go { launch: u64, key: Key },
     /// The launch has failed: the one cause for all.
     Fate { launch: u64, cause: CommError },
     /// All ranks of the launch have returned: their values, in rank order.
-    Done { launch: u64, values: Vec<Vec<u8>> },
+    Done {
+        launch: u64,
+        #[serde(with = "each_as_bytes")]
+        values: Vec<Vec<u8>>,
+    },
 }
 
-/// Writes a message, at once and whole.
-pub(super) fn write(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
-    let mut frame = vec![0; 4];
-    ciborium::into_writer(message, &mut frame).map_err(io::Error::other)?;
-    let length = u32::try_from(frame.len() - 4).map_err(io::Error::other)?;
-    frame[..4].copy_from_slice(&length.to_le_bytes());
-    to.write_all(&frame)
-}
+/// Values as bytes each, where serde has lists of numbers: who reads one for seconds does not answer the hub's pulse.
+mod each_as_bytes {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use serde_bytes::{ByteBuf, Bytes};
 
-/// Reads a message of at most `longest` bytes.
-pub(super) fn read<T: DeserializeOwned>(from: &mut impl Read, longest: u32) -> io::Result<T> {
-    let mut length = [0; 4];
-    from.read_exact(&mut length)?;
-    let length = u32::from_le_bytes(length);
-    if length > longest {
-        return Err(io::Error::other(format!("a message of {length} bytes")));
+    pub(super) fn serialize<S: Serializer>(
+        values: &[Vec<u8>],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(values.iter().map(|value| Bytes::new(value)))
     }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Vec<u8>>, D::Error> {
+        let values = Vec::<ByteBuf>::deserialize(deserializer)?;
+        Ok(values.into_iter().map(ByteBuf::into_vec).collect())
+    }
+}
+
+/// A message's bytes.
+pub(super) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    from.take(u64::from(length)).read_to_end(&mut bytes)?;
-    ciborium::from_reader(&bytes[..]).map_err(io::Error::other)
+    ciborium::into_writer(message, &mut bytes).map_err(io::Error::other)?;
+    Ok(bytes)
+}
+
+/// The message that bytes are.
+pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<T> {
+    ciborium::from_reader(bytes).map_err(io::Error::other)
 }
 
 #[cfg(test)]
@@ -133,7 +154,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_follow_each_other_and_what_is_cut_short_or_noise_is_an_error() {
+    fn a_value_takes_as_many_bytes_as_it_has() {
+        let value = || vec![200; 1 << 12];
+        let returned = Said::Returned {
+            launch: 0,
+            value: value(),
+        };
+        assert!(encode(&returned).unwrap().len() < (1 << 12) + 64);
+        let done = Told::Done {
+            launch: 0,
+            values: vec![value(), vec![], value()],
+        };
+        let bytes = encode(&done).unwrap();
+        assert!(bytes.len() < (2 << 12) + 64);
+        assert_eq!(decode::<Told>(&bytes).unwrap(), done);
+    }
+
+    #[test]
+    fn messages_are_read_as_they_were_written_and_what_is_cut_short_or_noise_is_an_error() {
         let messages = [
             Said::Hello { rank: 3, size: 4 },
             Said::Returned {
@@ -142,18 +180,12 @@ mod tests {
             },
             Said::Bye,
         ];
-        let mut stream = Vec::new();
-        for message in &messages {
-            write(&mut stream, message).unwrap();
-        }
-        let mut rest = &stream[..];
         for message in messages {
-            assert_eq!(read::<Said>(&mut rest, u32::MAX).unwrap(), message);
+            let bytes = encode(&message).unwrap();
+            assert_eq!(decode::<Said>(&bytes).unwrap(), message);
+            assert!(decode::<Said>(&bytes[..bytes.len() - 1]).is_err());
         }
-        assert!(read::<Said>(&mut rest, u32::MAX).is_err());
-        assert!(read::<Said>(&mut &stream[..6], u32::MAX).is_err());
-        let http = b"GET / HTTP/1.1\r\n\r\n";
-        let error = read::<Said>(&mut &http[..], LONGEST_HELLO).unwrap_err();
-        assert!(error.to_string().contains("a message of"), "{error}");
+        assert!(decode::<Said>(b"GET / HTTP/1.1\r\n\r\n").is_err());
+        assert!(decode::<Said>(b"").is_err());
     }
 }
