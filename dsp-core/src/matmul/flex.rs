@@ -140,3 +140,106 @@ impl<E: Real> Matrix<E> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{DType, Device, TensorData};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A matrix of small whole numbers, of which every order of sums gives the same bits, and as it is seen.
+    #[derive(Debug, Clone, Copy)]
+    enum View {
+        Whole,
+        Transposed,
+        /// Inside a larger one.
+        Part,
+        /// Every row is the same one.
+        Repeated,
+        Flipped,
+    }
+
+    fn view() -> impl Strategy<Value = View> {
+        use View::{Flipped, Part, Repeated, Transposed, Whole};
+        prop::sample::select(vec![Whole, Transposed, Part, Repeated, Flipped])
+    }
+
+    fn numbers([rows, columns]: [usize; 2], dtype: DType) -> Tensor<2> {
+        let number = |i: usize| (i * 7 % 11) as f64 - 5.0;
+        let values: Vec<f64> = (0..rows * columns).map(number).collect();
+        let data = TensorData::new(values, [rows, columns]);
+        Tensor::from_data(data, (&Device::flex(), dtype))
+    }
+
+    fn seen(view: View, [rows, columns]: [usize; 2], dtype: DType) -> Tensor<2> {
+        match view {
+            View::Whole => numbers([rows, columns], dtype),
+            View::Transposed => numbers([columns, rows], dtype).transpose(),
+            View::Part => {
+                numbers([rows + 3, columns + 2], dtype).slice([1..1 + rows, 2..2 + columns])
+            }
+            View::Repeated => numbers([1, columns], dtype).expand([rows, columns]),
+            View::Flipped => numbers([rows, columns], dtype).flip([0, 1]),
+        }
+    }
+
+    fn values<const D: usize>(x: &Tensor<D>) -> Vec<f64> {
+        x.to_data().iter::<f64>().collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_product_is_the_sum_over_steps_and_its_row_for_any_views(
+            [m, k, n] in [1..40usize, 1..30usize, 1..50usize],
+            views in [view(), view()],
+            with_row in any::<bool>(),
+            dtype in prop::sample::select(vec![DType::F32, DType::F64]),
+        ) {
+            let (left, right) = (seen(views[0], [m, k], dtype), seen(views[1], [k, n], dtype));
+            let row: Tensor<1> = numbers([1, n + 1], dtype).slice([0..1, 1..n + 1]).reshape([n]);
+            let found = matmul(&left, &right, with_row.then_some(&row)).unwrap();
+            prop_assert_eq!(found.dtype(), dtype);
+            prop_assert_eq!(found.dims(), [m, n]);
+            let (left, right, row) = (values(&left), values(&right), values(&row));
+            for (at, found) in values(&found).into_iter().enumerate() {
+                let (i, j) = (at / n, at % n);
+                let sum: f64 = (0..k).map(|step| left[i * k + step] * right[step * n + j]).sum();
+                let expected = sum + if with_row { row[j] } else { 0.0 };
+                prop_assert_eq!(found, expected, "row {}, column {}", i, j);
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_elements_another_rank_or_another_type_is_left_to_burn() {
+        let of = |shape, dtype| numbers(shape, dtype);
+        let [single, double] = [DType::F32, DType::F64];
+        assert!(matmul(&of([0, 2], single), &of([2, 3], single), None).is_none());
+        assert!(matmul(&of([3, 0], single), &of([0, 3], single), None).is_none());
+        assert!(matmul(&of([3, 2], single), &of([2, 3], double), None).is_none());
+        let batched = of([2, 2], single).unsqueeze::<3>();
+        assert!(matmul(&batched, &batched, None).is_none());
+    }
+
+    #[test]
+    fn a_product_on_several_threads_has_the_same_bits() {
+        let [left, right] = [
+            seen(View::Part, [300, 200], DType::F32),
+            seen(View::Transposed, [200, 260], DType::F32),
+        ]
+        .map(|x| x.div_scalar(7.0));
+        let row: Tensor<1> = numbers([1, 260], DType::F32).reshape([260]);
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let product = pool.install(|| matmul(&left, &right, Some(&row)).unwrap());
+            product.to_data().to_vec::<f32>().unwrap()
+        };
+        let one = on(1);
+        assert_eq!(one, on(2));
+        assert_eq!(one, on(5));
+    }
+}
