@@ -1,8 +1,8 @@
 //! Products on Flex by the crate that Burn calls there, into memory that is not touched before.
 //!
-//! Burn (0.22.1) clears the room for a product, and copies the zeros to where they lie on whole lines of the cache: three
-//! passes over memory for nothing, a fifth of the time of a product with few steps and a wide result. And a bias is
-//! what the sums begin with, rather than a pass after them.
+//! Burn (0.22.1) clears the room for a product, and copies the zeros to where they lie on whole lines of the cache:
+//! three passes over memory for nothing, a tenth of the time of a product with few steps and a wide result. And a bias
+//! is what the sums begin with, rather than a pass after them.
 
 #![expect(
     unsafe_code,

@@ -1,4 +1,5 @@
-//! The matrix product that everything here takes: Burn's, but where that is not what it is called, or slower than it need be.
+//! The matrix product that everything here takes: Burn's, but where that is not what it is called, or slower than it
+//! need be.
 //!
 //! On the processor `flex` calls the crate that Burn calls, without what Burn does before.
 //!

@@ -14,9 +14,12 @@
     expect(unsafe_code, reason = "a hint names an address")
 )]
 
-/// Multiply-adds for each cache line that is asked for, where there are enough: some 11 ns of the arithmetic of a core, in which its memory can
-/// deliver more than a line.
+/// Multiply-adds for each cache line that is asked for, where there are enough: some 11 ns of the arithmetic of a core,
+/// in which its memory can deliver more than a line.
 const PACE: usize = 512;
+
+/// Lines that are not too many to ask for: half a megabyte, which a second cache can hold beside what is worked on.
+const MOST: usize = 1 << 13;
 
 /// f32 in a cache line.
 const LINE: usize = 16;
@@ -59,7 +62,8 @@ impl Ahead {
         self.want_within(runs, rows, usize::MAX);
     }
 
-    /// The same, and sooner where so many multiply-adds would else not be enough for all of them.
+    /// The same while so many multiply-adds last: sooner where they would else not be enough for all of them, and
+    /// nothing where that is more than a cache holds until it is wanted.
     pub(crate) fn want_within(
         &mut self,
         runs: impl IntoIterator<Item = Run>,
@@ -68,9 +72,9 @@ impl Ahead {
     ) {
         self.runs.clear();
         self.runs.extend(runs);
-        self.rows = rows;
-        let lines: usize = self.runs.iter().map(Run::lines).sum();
-        self.pace = PACE.min(multiply_adds / (lines * rows).max(1));
+        let lines = rows * self.runs.iter().map(Run::lines).sum::<usize>();
+        self.rows = if lines > MOST { 0 } else { rows };
+        self.pace = PACE.min(multiply_adds / lines.max(1));
         (self.row, self.run, self.earned) = (0, 0, 0);
     }
 
@@ -159,5 +163,12 @@ mod tests {
             (ahead.row, ahead.run)
         });
         assert_eq!(seen, [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0)]);
+        // More than a cache holds.
+        ahead.want_within([run(16)], MOST + 1, 100 * PACE * MOST);
+        ahead.worked(10 * PACE);
+        assert_eq!((ahead.row, ahead.run), (0, 0));
+        ahead.want_within([run(16)], MOST, 100 * PACE * MOST);
+        ahead.worked(10 * PACE);
+        assert_eq!((ahead.row, ahead.run), (10, 0));
     }
 }
