@@ -236,7 +236,7 @@ mod tests {
                 .build()
                 .unwrap();
             let product = pool.install(|| matmul(&left, &right, Some(&row)).unwrap());
-            product.to_data().to_vec::<f32>().unwrap()
+            product.to_data().try_to_vec::<f32>().unwrap()
         };
         let one = on(1);
         assert_eq!(one, on(2));

@@ -135,12 +135,10 @@ pub(super) fn backward_in(
     let shapes = [sizes.q, sizes.k, sizes.v];
     let lengths = [sizes.q[1], sizes.k[1]];
     let heads = heads_of(sizes.q[0], &problem.heads);
-    let mut gradients = shapes.map(|shape| vec![0.0; shape.iter().product()]);
-    if gradients
-        .iter()
-        .take(2)
-        .all(|gradient| !gradient.is_empty())
-    {
+    let nothing = shapes[..2].iter().any(|shape| shape.contains(&0));
+    let [dq, dk, dv] = if nothing {
+        shapes.map(|shape| vec![0.0; shape.iter().product()])
+    } else {
         let lse = lse.clone().unsqueeze_dim::<4>(3);
         let inputs = [q, k, v, out, dout, &lse].map(|x| readable(flex(x.clone())));
         let chunks = backward::chunks(heads.len(), lengths[0]);
@@ -174,9 +172,8 @@ pub(super) fn backward_in(
             add(&mut dk, &more_dk);
             add(&mut dv, &more_dv);
         }
-        gradients = [dq.all(), dk, dv];
-    }
-    let [dq, dk, dv] = gradients;
+        [dq.all(), dk, dv]
+    };
     [
         tensor(dq, sizes.q, &device),
         tensor(dk, sizes.k, &device),
