@@ -66,8 +66,7 @@ fn product<E: Real, const D: usize>(
         );
         fill(&mut out.spare_capacity_mut()[..m * n], row.row(0));
     }
-    // SAFETY: `Matrix::of` has found that all elements of either matrix lie inside its storage, which this function
-    // borrows. `out` is as large as the product, and nobody else's. It is read only where it was filled, and each element is
+    // SAFETY: `Matrix::of` has found that all elements of either matrix lie inside the storage that it borrows. `out` is as large as the product, and nobody else's. It is read only where it was filled, and each element is
     // then written: there is a step at least, as no dim is 0.
     unsafe {
         gemm::gemm(
@@ -78,10 +77,10 @@ fn product<E: Real, const D: usize>(
             1,
             n as isize,
             row.is_some(),
-            left.first,
+            left.first(),
             left.strides[1],
             left.strides[0],
-            right.first,
+            right.first(),
             right.strides[1],
             right.strides[0],
             E::ONE,
@@ -109,24 +108,24 @@ fn fill<E: Real>(out: &mut [MaybeUninit<E>], row: &[E]) {
 }
 
 /// A matrix in a tensor's storage, transposed or not.
-struct Matrix<E> {
-    first: *const E,
+struct Matrix<'a, E> {
+    storage: &'a [E],
+    /// Where its first element is there; others may come before it.
+    start: usize,
     shape: [usize; 2],
     /// From row to row, and from column to column.
     strides: [isize; 2],
 }
 
-impl<E: Real> Matrix<E> {
+impl<'a, E: Real> Matrix<'a, E> {
     /// # Panics
     /// If the tensor is no matrix, is empty, or does not hold its elements.
-    fn of(tensor: &FlexTensor) -> Self {
+    fn of(tensor: &'a FlexTensor) -> Self {
         let (layout, storage) = (tensor.layout(), tensor.storage::<E>());
+        let start = layout.start_offset();
         let shape = [layout.shape()[0], layout.shape()[1]];
         let strides = [layout.strides()[0], layout.strides()[1]];
-        let (mut lowest, mut highest) = (
-            layout.start_offset() as isize,
-            layout.start_offset() as isize,
-        );
+        let (mut lowest, mut highest) = (start as isize, start as isize);
         for (length, stride) in shape.into_iter().zip(strides) {
             let reach = (length as isize - 1) * stride;
             lowest += reach.min(0);
@@ -134,10 +133,15 @@ impl<E: Real> Matrix<E> {
         }
         assert!(lowest >= 0 && (highest as usize) < storage.len());
         Self {
-            first: storage[layout.start_offset()..].as_ptr(),
+            storage,
+            start,
             shape,
             strides,
         }
+    }
+
+    fn first(&self) -> *const E {
+        self.storage.as_ptr().wrapping_add(self.start)
     }
 }
 

@@ -57,13 +57,12 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Rows of runs, in place of what was wanted before.
+    /// Rows of runs, in place of what was wanted before; none, if they are more than a cache holds until they are.
     pub(crate) fn want(&mut self, runs: impl IntoIterator<Item = Run>, rows: usize) {
         self.want_within(runs, rows, usize::MAX);
     }
 
-    /// The same while so many multiply-adds last: sooner where they would else not be enough for all of them, and
-    /// nothing where that is more than a cache holds until it is wanted.
+    /// The same while so many multiply-adds last: sooner where they would else not be enough for all of them.
     pub(crate) fn want_within(
         &mut self,
         runs: impl IntoIterator<Item = Run>,

@@ -25,17 +25,19 @@ pub(crate) const ROWS: usize = 8;
 pub(crate) fn transpose(rows: [&[f32]; ROWS], width: usize, to: &mut [f32], stride: usize) {
     let rows = rows.map(|row| &row[..width]);
     assert!(width == 0 || to.len() >= (width - 1) * stride + ROWS);
-    let whole = match () {
-        #[cfg(target_arch = "x86_64")]
-        () if std::arch::is_x86_feature_detected!("avx") => {
-            let whole = width / ROWS * ROWS;
-            // SAFETY: the processor has the instructions; the rows are as long as `width`, and `to` as the lanes of
-            // that many steps.
-            unsafe { avx::transpose(rows.map(<[f32]>::as_ptr), whole, to.as_mut_ptr(), stride) };
-            whole
-        }
-        () => 0,
+    #[cfg(not(target_arch = "x86_64"))]
+    let whole = 0;
+    #[cfg(target_arch = "x86_64")]
+    let whole = match std::arch::is_x86_feature_detected!("avx") {
+        true => width / ROWS * ROWS,
+        false => 0,
     };
+    #[cfg(target_arch = "x86_64")]
+    if whole > 0 {
+        // SAFETY: the processor has the instructions; the rows are as long as `width`, and `to` as the lanes of
+        // that many steps.
+        unsafe { avx::transpose(rows.map(<[f32]>::as_ptr), whole, to.as_mut_ptr(), stride) };
+    }
     for step in whole..width {
         for (lane, row) in rows.iter().enumerate() {
             to[step * stride + lane] = row[step];

@@ -78,26 +78,22 @@ struct Scratch {
 impl Backward<'_> {
     /// Every chunk of queries of every head by itself.
     pub(super) fn run(&self, heads: &[Head], chunks: &[Range<usize>]) {
-        (0..heads.len() * chunks.len())
+        let parts: Vec<_> = (heads.iter())
+            .flat_map(|head| chunks.iter().zip(&self.sums).map(move |part| (head, part)))
+            .collect();
+        let widths = self.q.width() + self.v.width();
+        (0..parts.len())
             .into_par_iter()
             .for_each_init(Scratch::default, |scratch, index| {
-                let part = |index: usize| {
-                    let chunk = index % chunks.len();
-                    let head = heads.get(index / chunks.len())?;
-                    Some((head, chunks[chunk].clone(), &self.sums[chunk]))
-                };
-                let Some((head, queries, sums)) = part(index) else {
-                    return;
-                };
-                let widths = self.q.width() + self.v.width();
+                let (head, (queries, sums)) = parts[index];
                 let work = queries.len() * self.keys * head.query.len() * 5 * widths / 2;
-                let next = part(index + 1);
-                let runs = next.into_iter().flat_map(|next| self.runs(next));
+                let next = parts.get(index + 1);
+                let runs = next.into_iter().flat_map(|&next| self.runs(next));
                 (scratch.ahead).want_within(runs, queries.len().min(self.keys), work);
                 self.level.run(Part {
                     backward: self,
                     head,
-                    queries,
+                    queries: queries.clone(),
                     sums,
                     scratch,
                 });
@@ -107,7 +103,7 @@ impl Backward<'_> {
     /// What a part reads and writes.
     fn runs<'r>(
         &'r self,
-        (head, queries, [dk, dv]): (&'r Head, Range<usize>, &'r [NewRows; 2]),
+        (head, (queries, [dk, dv])): (&'r Head, (&'r Range<usize>, &'r [NewRows; 2])),
     ) -> impl Iterator<Item = Run> + use<'r> {
         let Head { sample, kv, .. } = *head;
         let row = [sample, 0, kv];

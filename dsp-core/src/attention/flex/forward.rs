@@ -31,6 +31,9 @@ pub(super) struct Forward<'a> {
     pub(super) lse: NewRows,
 }
 
+/// Heads for each thread from which on they are shared out whole: no thread then waits long for another's last one.
+const MANY: usize = 8;
+
 /// The keys and values of one head, packed.
 #[derive(Default)]
 struct Packed {
@@ -55,7 +58,7 @@ struct Scratch {
 impl Forward<'_> {
     /// Every head by itself, and where they are few, within a head every block of queries.
     pub(super) fn run(&self, heads: &[Head]) {
-        let many = heads.len() >= 2 * rayon::current_num_threads();
+        let many = heads.len() >= MANY * rayon::current_num_threads();
         (0..heads.len()).into_par_iter().for_each_init(
             Default::default,
             |(packed, scratch), index| {
