@@ -26,6 +26,8 @@
 //!
 //! This crate knows nothing of any strategy, model, command line or chart.
 
+#[cfg(all(feature = "flex", target_arch = "x86_64"))]
+mod amx;
 pub mod attention;
 pub mod blocks;
 pub mod collective;

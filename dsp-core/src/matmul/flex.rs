@@ -38,33 +38,67 @@ pub(super) fn matmul<const D: usize>(
     if D != 2 || empty || !alike {
         return None;
     }
+    let [left, right] = [left, right].map(|x| primitive(x.clone()));
+    let row = row.cloned();
     Some(match element {
-        Native::F32 => product::<f32, D>(left, right, row),
-        Native::F64 => product::<f64, D>(left, right, row),
+        Native::F32 => {
+            let (left, right, row) = operands::<f32>(&left, &right, row);
+            let row = row.as_ref().map(|row| row.row(0));
+            let found = on_the_unit(&left, &right, row);
+            let found = found.unwrap_or_else(|| product(&left, &right, row));
+            Owned::from_vec(found, &[left.shape[0], right.shape[1]]).into_tensor()
+        }
+        Native::F64 => {
+            let (left, right, row) = operands::<f64>(&left, &right, row);
+            let found = product(&left, &right, row.as_ref().map(|row| row.row(0)));
+            Owned::from_vec(found, &[left.shape[0], right.shape[1]]).into_tensor()
+        }
     })
 }
 
-fn product<E: Real, const D: usize>(
-    left: &Tensor<D>,
-    right: &Tensor<D>,
-    row: Option<&Tensor<1>>,
-) -> Tensor<D> {
-    let [left, right] = [left, right].map(|x| primitive(x.clone()));
-    let [left, right] = [&left, &right].map(Matrix::<E>::of);
-    let ([m, k], [steps, n]) = (left.shape, right.shape);
+/// # Panics
+/// If their sizes do not belong together.
+fn operands<'a, E: Real>(
+    left: &'a FlexTensor,
+    right: &'a FlexTensor,
+    row: Option<Tensor<1>>,
+) -> (Matrix<'a, E>, Matrix<'a, E>, Option<Rows<E>>) {
+    let [left, right] = [left, right].map(Matrix::<E>::of);
     assert_eq!(
-        k, steps,
+        left.shape[1], right.shape[0],
         "the left matrix is as wide as the right one is high"
     );
-    let mut out = Vec::with_capacity(m * n);
-    if let Some(row) = row {
-        let row = Rows::<E>::of(row.clone());
+    let row = row.map(Rows::<E>::of);
+    if let Some(row) = &row {
         assert_eq!(
             row.width(),
-            n,
+            right.shape[1],
             "a row is added that is as wide as the product"
         );
-        fill(&mut out.spare_capacity_mut()[..m * n], row.row(0));
+    }
+    (left, right, row)
+}
+
+/// By the processor's matrix unit, where there is one and the product is for it.
+#[cfg(target_arch = "x86_64")]
+fn on_the_unit(
+    left: &Matrix<'_, f32>,
+    right: &Matrix<'_, f32>,
+    row: Option<&[f32]>,
+) -> Option<Vec<f32>> {
+    super::amx::product(left, right, row)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn on_the_unit(_: &Matrix<'_, f32>, _: &Matrix<'_, f32>, _: Option<&[f32]>) -> Option<Vec<f32>> {
+    None
+}
+
+fn product<E: Real>(left: &Matrix<'_, E>, right: &Matrix<'_, E>, row: Option<&[E]>) -> Vec<E> {
+    let ([m, k], n) = (left.shape, right.shape[1]);
+    let mut out = Vec::with_capacity(m * n);
+    if let Some(row) = row {
+        fill(&mut out.spare_capacity_mut()[..m * n], row);
     }
     // SAFETY: `Matrix::of` has found that all elements of either matrix lie inside the storage that it borrows. `out` is as large as the product, and nobody else's. It is read only where it was filled, and each element is
     // then written: there is a step at least, as no dim is 0.
@@ -92,7 +126,7 @@ fn product<E: Real, const D: usize>(
         );
         out.set_len(m * n);
     }
-    Owned::from_vec(out, &[m, n]).into_tensor()
+    out
 }
 
 /// Writes `row` again and again.
@@ -108,13 +142,13 @@ fn fill<E: Real>(out: &mut [MaybeUninit<E>], row: &[E]) {
 }
 
 /// A matrix in a tensor's storage, transposed or not.
-struct Matrix<'a, E> {
-    storage: &'a [E],
+pub(super) struct Matrix<'a, E> {
+    pub(super) storage: &'a [E],
     /// Where its first element is there; others may come before it.
-    start: usize,
-    shape: [usize; 2],
+    pub(super) start: usize,
+    pub(super) shape: [usize; 2],
     /// From row to row, and from column to column.
-    strides: [isize; 2],
+    pub(super) strides: [isize; 2],
 }
 
 impl<'a, E: Real> Matrix<'a, E> {
@@ -169,6 +203,13 @@ mod tests {
         prop::sample::select(vec![Whole, Transposed, Part, Repeated, Flipped])
     }
 
+    /// Some of them are for the matrix unit, with more steps than are packed at once.
+    fn sizes() -> impl Strategy<Value = [usize; 3]> {
+        let small = [1..40usize, 1..30usize, 1..50usize];
+        let large = [40..150usize, 40..700usize, 40..150usize];
+        prop_oneof![3 => small, 1 => large]
+    }
+
     fn numbers([rows, columns]: [usize; 2], dtype: DType) -> Tensor<2> {
         let number = |i: usize| (i * 7 % 11) as f64 - 5.0;
         let values: Vec<f64> = (0..rows * columns).map(number).collect();
@@ -195,7 +236,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_product_is_the_sum_over_steps_and_its_row_for_any_views(
-            [m, k, n] in [1..40usize, 1..30usize, 1..50usize],
+            [m, k, n] in sizes(),
             views in [view(), view()],
             with_row in any::<bool>(),
             dtype in prop::sample::select(vec![DType::F32, DType::F64]),
@@ -206,9 +247,11 @@ mod tests {
             prop_assert_eq!(found.dtype(), dtype);
             prop_assert_eq!(found.dims(), [m, n]);
             let (left, right, row) = (values(&left), values(&right), values(&row));
+            let right: Vec<f64> = (0..k * n).map(|at| right[at % k * n + at / k]).collect();
             for (at, found) in values(&found).into_iter().enumerate() {
                 let (i, j) = (at / n, at % n);
-                let sum: f64 = (0..k).map(|step| left[i * k + step] * right[step * n + j]).sum();
+                let pairs = left[i * k..][..k].iter().zip(&right[j * k..]);
+                let sum: f64 = pairs.map(|(left, right)| left * right).sum();
                 let expected = sum + if with_row { row[j] } else { 0.0 };
                 prop_assert_eq!(found, expected, "row {}, column {}", i, j);
             }

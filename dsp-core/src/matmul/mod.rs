@@ -8,6 +8,8 @@
 //! so much. And what it takes for 16 bits, unless it may try all kernels first, is slow where an operand is transposed, as
 //! in every backward pass. There, and only there, `gpu` launches another kernel of the same library.
 
+#[cfg(all(feature = "flex", target_arch = "x86_64"))]
+mod amx;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]

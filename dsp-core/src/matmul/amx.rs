@@ -1,0 +1,348 @@
+//! A product of f32 matrices on the processor's matrix unit.
+//!
+//! ```text
+//!                                       right: its panels, packed by all threads   ┐
+//!                                  ┌──┬──┬──┬──┬──┐                                │ for each `DEPTH` steps of k,
+//!     left: rows of a part,        └──┴──┴──┴──┴──┘                                │ in this order
+//!     packed by its thread   ┌──┐  ┌──┬──┬──┬──┬──┐  a part of the result: each    │
+//!                            ├──┤  ├──┼──┼──┼──┼──┤  right panel against all left  │
+//!                            └──┘  └──┴──┴──┴──┴──┘  ones, which the second        │
+//!                                                    cache keeps                   ┘
+//! ```
+//!
+//! An element is summed in the order of `k`, in blocks that depend on `k` alone: its bits depend on neither the
+//! number of threads nor the rows and columns beside it.
+
+#![expect(
+    unsafe_code,
+    reason = "threads write the blocks of a matrix that they share out among themselves"
+)]
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::flex::Matrix;
+use crate::amx::{Amx, LINES, Lines, Order, Panels, STEPS, Side, Start, Unfit};
+
+/// Steps whose panels are packed at once.
+const DEPTH: usize = 512;
+
+/// Rows of a part, at most: so many of `DEPTH` steps, packed, leave half of a second cache of 2 MB to the right panels.
+const ROWS: usize = 256;
+
+/// Multiply-adds from which on a product is worth packing for the unit.
+const WORTH: usize = 1 << 18;
+
+/// `left · right`, plus `row` in every row where there is one; nothing where the unit cannot, or is not worth it.
+pub(super) fn product(
+    left: &Matrix<'_, f32>,
+    right: &Matrix<'_, f32>,
+    row: Option<&[f32]>,
+) -> Option<Vec<f32>> {
+    let amx = Amx::detect()?;
+    let ([m, k], n) = (left.shape, right.shape[1]);
+    // The unit multiplies whole panels and blocks.
+    let whole = m.next_multiple_of(LINES) * n.next_multiple_of(LINES) * k.next_multiple_of(STEPS);
+    if m * n * k < WORTH || whole > m * n * k * 3 / 2 {
+        return None;
+    }
+    multiply(amx, left, right, row)
+}
+
+fn multiply(
+    amx: Amx,
+    left: &Matrix<'_, f32>,
+    right: &Matrix<'_, f32>,
+    row: Option<&[f32]>,
+) -> Option<Vec<f32>> {
+    let ([m, k], n) = (left.shape, right.shape[1]);
+    let (left, right) = (
+        Slices::of(left, Side::Left)?,
+        Slices::of(right, Side::Right)?,
+    );
+    let mut start = row.map_or_else(|| vec![0.0; n], <[f32]>::to_vec);
+    start.resize(n.next_multiple_of(LINES), 0.0);
+    let mut out = Vec::with_capacity(m * n);
+    let product = Product {
+        amx,
+        sizes: [m, n, k],
+        left,
+        right,
+        start: &start,
+        out: Shared(out.as_mut_ptr()),
+    };
+    product.run().ok()?;
+    // SAFETY: the parts of a product are its whole, each was written, and the vector has room for them.
+    unsafe { out.set_len(m * n) };
+    Some(out)
+}
+
+struct Product<'a> {
+    amx: Amx,
+    sizes: [usize; 3],
+    left: Slices<'a>,
+    right: Slices<'a>,
+    /// The row with which every row's sums begin, of whole panels.
+    start: &'a [f32],
+    out: Shared,
+}
+
+/// The first element of the result, whose blocks threads share out among themselves.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: it is an address; who writes there says why nobody else does.
+unsafe impl Send for Shared {}
+unsafe impl Sync for Shared {}
+impl Product<'_> {
+    fn run(&self) -> Result<(), Unfit> {
+        let [m, n, k] = self.sizes;
+        // Parts of equal height, as many as threads at least, if need be by dividing columns too.
+        let threads = rayon::current_num_threads();
+        let rows = m.div_ceil(threads).next_multiple_of(LINES).min(ROWS);
+        let panels = n.div_ceil(LINES);
+        let columns = panels.div_ceil(threads.div_ceil(m.div_ceil(rows)));
+        let parts: Vec<_> = (0..m.div_ceil(rows))
+            .flat_map(|i| (0..panels.div_ceil(columns)).map(move |j| [i, j]))
+            .map(|[i, j]| Part {
+                rows: i * rows..m.min((i + 1) * rows),
+                panels: j * columns..panels.min((j + 1) * columns),
+            })
+            .collect();
+        let mut right = Panels::default();
+        for first in (0..k).step_by(DEPTH) {
+            let steps = first..k.min(first + DEPTH);
+            right.pack_on_threads(
+                self.amx,
+                Side::Right,
+                [n, steps.len()],
+                self.right.lines(0..n, &steps),
+            )?;
+            parts
+                .par_iter()
+                .try_for_each_init(Panels::default, |left, part| {
+                    left.pack(
+                        self.amx,
+                        Side::Left,
+                        [part.rows.len(), steps.len()],
+                        self.left.lines(part.rows.clone(), &steps),
+                    )?;
+                    self.multiply(part, left, &right, first > 0);
+                    Ok(())
+                })?;
+        }
+        Ok(())
+    }
+
+    /// The panels of a part: each of the right ones against all of the left.
+    fn multiply(&self, part: &Part, left: &Panels, right: &Panels, go_on: bool) {
+        let [m, n, _] = self.sizes;
+        let unit = self.amx.open();
+        let at = |row: usize, column: usize| [part.rows.start + row * LINES, column * LINES];
+        for column in part.panels.clone() {
+            for row in 0..left.len() {
+                let [i, j] = at(row, column);
+                let (rows, columns) = (LINES.min(m - i), LINES.min(n - j));
+                let panels = [left.panel(row), right.panel(column)];
+                let out = self.out.0.wrapping_add(i * n + j);
+                let next = match row + 1 < left.len() {
+                    true => at(row + 1, column),
+                    false => at(0, column + 1),
+                };
+                let next = self.out.0.wrapping_add(next[0] * n + next[1]);
+                let first = Start {
+                    first: self.start[j..j + LINES].as_ptr(),
+                    row: 0,
+                };
+                // SAFETY: these rows and columns are inside the result, and this part's alone. They are read only
+                // after they were written, in an earlier run over steps. `start` has whole panels, as does `edge`.
+                unsafe {
+                    if rows == LINES && columns == LINES {
+                        let start = match go_on {
+                            true => Start { first: out, row: n },
+                            false => first,
+                        };
+                        unit.multiply(panels, start, (out, n), next);
+                        continue;
+                    }
+                    let mut edge = [0.0; LINES * LINES];
+                    let at = edge.as_mut_ptr();
+                    let copy = |from: *const f32, from_row: usize, to: *mut f32, to_row: usize| {
+                        for row in 0..rows {
+                            let from = from.wrapping_add(row * from_row);
+                            to.wrapping_add(row * to_row)
+                                .copy_from_nonoverlapping(from, columns);
+                        }
+                    };
+                    let start = match go_on {
+                        true => {
+                            copy(out, n, at, LINES);
+                            Start {
+                                first: at,
+                                row: LINES,
+                            }
+                        }
+                        false => first,
+                    };
+                    unit.multiply(panels, start, (at, LINES), next);
+                    copy(at, LINES, out, n);
+                }
+            }
+        }
+    }
+}
+
+/// A block of the result, which one thread writes: rows, and panels of columns.
+struct Part {
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+/// A matrix of which the numbers along one dim lie side by side: its slices.
+#[derive(Debug, Clone, Copy)]
+struct Slices<'a> {
+    storage: &'a [f32],
+    start: usize,
+    order: Order,
+    count: usize,
+    /// From slice to slice.
+    stride: isize,
+    length: usize,
+}
+
+impl<'a> Slices<'a> {
+    /// Nothing where no dim's numbers lie side by side.
+    fn of(matrix: &Matrix<'a, f32>, side: Side) -> Option<Self> {
+        // The dims of lines and of steps.
+        let (line, step) = match side {
+            Side::Left => (0, 1),
+            Side::Right => (1, 0),
+        };
+        let (order, along, across) = match matrix.strides {
+            strides if strides[step] == 1 => (Order::ByLine, step, line),
+            strides if strides[line] == 1 => (Order::ByStep, line, step),
+            _ => return None,
+        };
+        Some(Self {
+            storage: matrix.storage,
+            start: matrix.start,
+            order,
+            count: matrix.shape[across],
+            stride: matrix.strides[across],
+            length: matrix.shape[along],
+        })
+    }
+
+    /// Some lines, of some steps.
+    fn lines(
+        &self,
+        lines: Range<usize>,
+        steps: &Range<usize>,
+    ) -> Lines<impl Fn(usize) -> &'a [f32] + Sync + use<'a>> {
+        let (across, along) = match self.order {
+            Order::ByLine => (lines, steps.clone()),
+            Order::ByStep => (steps.clone(), lines),
+        };
+        let slices = *self;
+        Lines {
+            order: self.order,
+            slice: move |index| slices.slice(across.start + index, &along),
+        }
+    }
+
+    fn slice(&self, index: usize, within: &Range<usize>) -> &'a [f32] {
+        if index >= self.count || within.start >= self.length {
+            return &[];
+        }
+        // `Matrix` has found that all of its elements are in the storage.
+        let start = (self.start as isize + index as isize * self.stride) as usize;
+        &self.storage[start + within.start..start + within.end.min(self.length)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn matrix(storage: &[f32], shape: [usize; 2]) -> Matrix<'_, f32> {
+        Matrix {
+            storage,
+            start: 0,
+            shape,
+            strides: [shape[1] as isize, 1],
+        }
+    }
+
+    #[test]
+    fn a_product_is_as_right_as_f32_is() {
+        let Some(amx) = Amx::detect() else { return };
+        let [m, k, n] = [70, 700, 90];
+        let (left, right) = (numbers(m * k, 1), numbers(k * n, 2));
+        let found = multiply(amx, &matrix(&left, [m, k]), &matrix(&right, [k, n]), None).unwrap();
+        let (mut worst, mut of_f32): (f64, f64) = (0.0, 0.0);
+        for (at, &found) in found.iter().enumerate() {
+            let (i, j) = (at / n, at % n);
+            let pairs = || (0..k).map(|step| (left[i * k + step], right[step * n + j]));
+            let exact: f64 = pairs().map(|(a, b)| f64::from(a) * f64::from(b)).sum();
+            let plain = pairs().fold(0.0_f32, |sum, (a, b)| a.mul_add(b, sum));
+            worst = worst.max((f64::from(found) - exact).abs());
+            of_f32 = of_f32.max((f64::from(plain) - exact).abs());
+        }
+        assert!(worst <= 1.5 * of_f32, "{worst:.2e}, in f32 {of_f32:.2e}");
+    }
+
+    #[test]
+    fn an_elements_bits_do_not_depend_on_threads_or_on_what_is_beside_it() {
+        let Some(amx) = Amx::detect() else { return };
+        let [m, k, n] = [300, 600, 260];
+        let (left, right) = (numbers(m * k, 3), numbers(k * n, 4));
+        let on = |threads, rows: Range<usize>| {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let of_rows = matrix(&left[rows.start * k..], [rows.len(), k]);
+            let product = || multiply(amx, &of_rows, &matrix(&right, [k, n]), None);
+            pool.install(product).unwrap()
+        };
+        let whole = on(1, 0..m);
+        for (threads, rows) in [
+            (2, 0..m),
+            (5, 0..m),
+            (40, 0..m),
+            (2, 37..120),
+            (1, 299..300),
+        ] {
+            assert!(whole[rows.start * n..rows.end * n] == on(threads, rows));
+        }
+    }
+
+    #[test]
+    fn numbers_that_bfloat16_does_not_hold_are_left_to_f32() {
+        let Some(amx) = Amx::detect() else { return };
+        let [m, k, n] = [40, 50, 60];
+        for strange in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX] {
+            for side in [Side::Left, Side::Right] {
+                let (mut left, mut right) = (numbers(m * k, 5), numbers(k * n, 6));
+                match side {
+                    Side::Left => left[m * k - 1] = strange,
+                    Side::Right => right[k * n - 1] = strange,
+                }
+                let product = multiply(amx, &matrix(&left, [m, k]), &matrix(&right, [k, n]), None);
+                assert!(product.is_none(), "{strange}");
+            }
+        }
+    }
+}
