@@ -37,7 +37,7 @@ pub(crate) use split::{Order, Side, Unfit};
 pub(crate) const LINES: usize = 2 * SIDE;
 
 /// Steps of a block, which the tiles of a panel hold: each a row of pairs.
-pub(crate) const STEPS: usize = 2 * SIDE;
+const STEPS: usize = 2 * SIDE;
 
 /// Tiles of a block: of each of three parts two, the first lines' and the others'.
 const TILES: usize = 6;

@@ -23,7 +23,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::flex::Matrix;
-use crate::amx::{Amx, LINES, Lines, Order, Panels, STEPS, Side, Start, Unfit};
+use crate::amx::{Amx, LINES, Lines, Order, Panels, Side, Start, Tile, Unfit, Unit};
 
 /// Steps whose panels are packed at once.
 const DEPTH: usize = 512;
@@ -31,8 +31,10 @@ const DEPTH: usize = 512;
 /// Rows of a part, at most: so many of `DEPTH` steps, packed, leave half of a second cache of 2 MB to the right panels.
 const ROWS: usize = 256;
 
-/// Multiply-adds from which on a product is worth packing for the unit.
-const WORTH: usize = 1 << 18;
+/// Multiply-adds, and rows and columns, from which on a product is worth packing for the unit: in between, as measured,
+/// it takes as long as by multiply-adds.
+const WORTH: usize = 1 << 22;
+const LEAST: usize = 128;
 
 /// `left · right`, plus `row` in every row where there is one; nothing where the unit cannot, or is not worth it.
 pub(super) fn product(
@@ -42,9 +44,7 @@ pub(super) fn product(
 ) -> Option<Vec<f32>> {
     let amx = Amx::detect()?;
     let ([m, k], n) = (left.shape, right.shape[1]);
-    // The unit multiplies whole panels and blocks.
-    let whole = m.next_multiple_of(LINES) * n.next_multiple_of(LINES) * k.next_multiple_of(STEPS);
-    if m * n * k < WORTH || whole > m * n * k * 3 / 2 {
+    if m.min(n) < LEAST || m * n * k < WORTH {
         return None;
     }
     multiply(amx, left, right, row)
@@ -94,7 +94,9 @@ struct Shared(*mut f32);
 
 // SAFETY: it is an address; who writes there says why nobody else does.
 unsafe impl Send for Shared {}
+// SAFETY: as above.
 unsafe impl Sync for Shared {}
+
 impl Product<'_> {
     fn run(&self) -> Result<(), Unfit> {
         let [m, n, k] = self.sizes;
@@ -113,6 +115,10 @@ impl Product<'_> {
         let mut right = Panels::default();
         for first in (0..k).step_by(DEPTH) {
             let steps = first..k.min(first + DEPTH);
+            let place = match first {
+                0 => Place::First,
+                _ => Place::Later,
+            };
             right.pack_on_threads(
                 self.amx,
                 Side::Right,
@@ -128,7 +134,7 @@ impl Product<'_> {
                         [part.rows.len(), steps.len()],
                         self.left.lines(part.rows.clone(), &steps),
                     )?;
-                    self.multiply(part, left, &right, first > 0);
+                    self.multiply(part, left, &right, place);
                     Ok(())
                 })?;
         }
@@ -136,59 +142,101 @@ impl Product<'_> {
     }
 
     /// The panels of a part: each of the right ones against all of the left.
-    fn multiply(&self, part: &Part, left: &Panels, right: &Panels, go_on: bool) {
-        let [m, n, _] = self.sizes;
+    fn multiply(&self, part: &Part, left: &Panels, right: &Panels, place: Place) {
+        let n = self.sizes[1];
         let unit = self.amx.open();
-        let at = |row: usize, column: usize| [part.rows.start + row * LINES, column * LINES];
+        let first = |row: usize, column: usize| {
+            let [i, j] = [part.rows.start + row * LINES, column * LINES];
+            ([i, j], self.out.0.wrapping_add(i * n + j))
+        };
         for column in part.panels.clone() {
             for row in 0..left.len() {
-                let [i, j] = at(row, column);
-                let (rows, columns) = (LINES.min(m - i), LINES.min(n - j));
-                let panels = [left.panel(row), right.panel(column)];
-                let out = self.out.0.wrapping_add(i * n + j);
+                let ([i, j], out) = first(row, column);
                 let next = match row + 1 < left.len() {
-                    true => at(row + 1, column),
-                    false => at(0, column + 1),
+                    true => first(row + 1, column),
+                    false => first(0, column + 1),
                 };
-                let next = self.out.0.wrapping_add(next[0] * n + next[1]);
-                let first = Start {
-                    first: self.start[j..j + LINES].as_ptr(),
-                    row: 0,
+                let block = Block {
+                    panels: [left.panel(row), right.panel(column)],
+                    rows: LINES.min(part.rows.end - i),
+                    columns: LINES.min(n - j),
+                    start: &self.start[j..j + LINES],
+                    out,
+                    out_row: n,
+                    next: next.1,
                 };
-                // SAFETY: these rows and columns are inside the result, and this part's alone. They are read only
-                // after they were written, in an earlier run over steps. `start` has whole panels, as does `edge`.
-                unsafe {
-                    if rows == LINES && columns == LINES {
-                        let start = match go_on {
-                            true => Start { first: out, row: n },
-                            false => first,
-                        };
-                        unit.multiply(panels, start, (out, n), next);
-                        continue;
-                    }
-                    let mut edge = [0.0; LINES * LINES];
-                    let at = edge.as_mut_ptr();
-                    let copy = |from: *const f32, from_row: usize, to: *mut f32, to_row: usize| {
-                        for row in 0..rows {
-                            let from = from.wrapping_add(row * from_row);
-                            to.wrapping_add(row * to_row)
-                                .copy_from_nonoverlapping(from, columns);
-                        }
-                    };
-                    let start = match go_on {
-                        true => {
-                            copy(out, n, at, LINES);
-                            Start {
-                                first: at,
-                                row: LINES,
-                            }
-                        }
-                        false => first,
-                    };
-                    unit.multiply(panels, start, (at, LINES), next);
-                    copy(at, LINES, out, n);
-                }
+                // SAFETY: these rows and columns are inside the result, and this part's alone. They were written
+                // before where this is not the first place.
+                unsafe { block.multiply(&unit, place) };
             }
+        }
+    }
+}
+
+/// Of the runs over steps, whether it is the first: its sums begin with the row, the others' with what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    First,
+    Later,
+}
+
+/// A left and a right panel, and where their product is.
+struct Block<'a> {
+    panels: [&'a [Tile]; 2],
+    /// What there is of the panels' lines.
+    rows: usize,
+    columns: usize,
+    start: &'a [f32],
+    out: *mut f32,
+    out_row: usize,
+    /// What is written next.
+    next: *const f32,
+}
+
+impl Block<'_> {
+    /// # Safety
+    /// These rows and columns can be written at `out`, which nobody else does, and read if the place is a later one.
+    unsafe fn multiply(&self, unit: &Unit, place: Place) {
+        let (out, out_row) = (self.out, self.out_row);
+        let row = Start {
+            first: self.start.as_ptr(),
+            row: 0,
+        };
+        let begin = |first: *const f32, row_length| match place {
+            Place::First => row,
+            Place::Later => Start {
+                first,
+                row: row_length,
+            },
+        };
+        // SAFETY: the caller's, and a panel has as many lines as a row of `start`, and as `edge` has rows and columns.
+        unsafe {
+            if self.rows == LINES && self.columns == LINES {
+                unit.multiply(self.panels, begin(out, out_row), (out, out_row), self.next);
+                return;
+            }
+            let mut edge = [0.0; LINES * LINES];
+            let at = edge.as_mut_ptr();
+            if place == Place::Later {
+                self.copy((out, out_row), (at, LINES));
+            }
+            unit.multiply(self.panels, begin(at, LINES), (at, LINES), self.next);
+            self.copy((at, LINES), (out, out_row));
+        }
+    }
+
+    /// Copies these rows and columns.
+    ///
+    /// # Safety
+    /// They can be read at the one and written at the other, with rows so far apart.
+    unsafe fn copy(&self, (from, from_row): (*const f32, usize), (to, to_row): (*mut f32, usize)) {
+        for row in 0..self.rows {
+            let (from, to) = (
+                from.wrapping_add(row * from_row),
+                to.wrapping_add(row * to_row),
+            );
+            // SAFETY: the caller's.
+            unsafe { to.copy_from_nonoverlapping(from, self.columns) };
         }
     }
 }

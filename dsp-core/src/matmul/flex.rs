@@ -206,7 +206,7 @@ mod tests {
     /// Some of them are for the matrix unit, with more steps than are packed at once.
     fn sizes() -> impl Strategy<Value = [usize; 3]> {
         let small = [1..40usize, 1..30usize, 1..50usize];
-        let large = [40..150usize, 40..700usize, 40..150usize];
+        let large = [128..200usize, 200..700usize, 128..200usize];
         prop_oneof![3 => small, 1 => large]
     }
 
