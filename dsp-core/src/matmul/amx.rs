@@ -114,25 +114,20 @@ impl Product<'_> {
             .collect();
         let mut right = Panels::default();
         for first in (0..k).step_by(DEPTH) {
-            let steps = first..k.min(first + DEPTH);
+            let steps = DEPTH.min(k - first);
             let place = match first {
                 0 => Place::First,
                 _ => Place::Later,
             };
-            right.pack_on_threads(
-                self.amx,
-                Side::Right,
-                [n, steps.len()],
-                self.right.lines(0..n, &steps),
-            )?;
+            right.pack_on_threads(self.amx, Side::Right, [n, steps], self.right.from(0, first))?;
             parts
                 .par_iter()
                 .try_for_each_init(Panels::default, |left, part| {
                     left.pack(
                         self.amx,
                         Side::Left,
-                        [part.rows.len(), steps.len()],
-                        self.left.lines(part.rows.clone(), &steps),
+                        [part.rows.len(), steps],
+                        self.left.from(part.rows.start, first),
                     )?;
                     self.multiply(part, left, &right, place);
                     Ok(())
@@ -282,30 +277,31 @@ impl<'a> Slices<'a> {
         })
     }
 
-    /// Some lines, of some steps.
-    fn lines(
+    /// The lines and steps from these on.
+    fn from(
         &self,
-        lines: Range<usize>,
-        steps: &Range<usize>,
+        line: usize,
+        step: usize,
     ) -> Lines<impl Fn(usize) -> &'a [f32] + Sync + use<'a>> {
         let (across, along) = match self.order {
-            Order::ByLine => (lines, steps.clone()),
-            Order::ByStep => (steps.clone(), lines),
+            Order::ByLine => (line, step),
+            Order::ByStep => (step, line),
         };
         let slices = *self;
         Lines {
             order: self.order,
-            slice: move |index| slices.slice(across.start + index, &along),
+            slice: move |index| slices.slice(across + index, along),
         }
     }
 
-    fn slice(&self, index: usize, within: &Range<usize>) -> &'a [f32] {
-        if index >= self.count || within.start >= self.length {
+    /// What of a slice comes from `first` on.
+    fn slice(&self, index: usize, first: usize) -> &'a [f32] {
+        if index >= self.count || first >= self.length {
             return &[];
         }
         // `Matrix` has found that all of its elements are in the storage.
         let start = (self.start as isize + index as isize * self.stride) as usize;
-        &self.storage[start + within.start..start + within.end.min(self.length)]
+        &self.storage[start + first..start + self.length]
     }
 }
 
@@ -330,6 +326,57 @@ mod tests {
             start: 0,
             shape,
             strides: [shape[1] as isize, 1],
+        }
+    }
+
+    #[test]
+    fn a_product_is_the_sum_over_steps_and_its_row_however_matrices_lie() {
+        let Some(amx) = Amx::detect() else { return };
+        // Small whole numbers, of which every order of sums gives the same bits.
+        let whole = |i: usize| (i * i % 13) as f32 - 6.0;
+        let lying = |side: Side, [rows, columns]: [usize; 2], order: Order| match (side, order) {
+            (Side::Left, Order::ByLine) | (Side::Right, Order::ByStep) => [columns as isize, 1],
+            _ => [1, rows as isize],
+        };
+        for [m, k, n] in [[33, 40, 65], [70, 600, 31], [1, 1, 1], [300, 33, 300]] {
+            for (left_order, right_order) in [
+                (Order::ByLine, Order::ByLine),
+                (Order::ByLine, Order::ByStep),
+                (Order::ByStep, Order::ByLine),
+                (Order::ByStep, Order::ByStep),
+            ] {
+                let left: Vec<f32> = (0..m * k).map(whole).collect();
+                let right: Vec<f32> = (0..k * n).map(|i| whole(i / 3 + i)).collect();
+                let row: Vec<f32> = (0..n).map(|i| i as f32).collect();
+                let (of_left, of_right) = (
+                    lying(Side::Left, [m, k], left_order),
+                    lying(Side::Right, [k, n], right_order),
+                );
+                let at = |[row, column]: [isize; 2], i: usize, j: usize| {
+                    (row * i as isize + column * j as isize) as usize
+                };
+                let found = multiply(
+                    amx,
+                    &Matrix {
+                        strides: of_left,
+                        ..matrix(&left, [m, k])
+                    },
+                    &Matrix {
+                        strides: of_right,
+                        ..matrix(&right, [k, n])
+                    },
+                    Some(&row),
+                );
+                for (index, found) in found.unwrap().into_iter().enumerate() {
+                    let (i, j) = (index / n, index % n);
+                    let steps = (0..k).map(|step| {
+                        f64::from(left[at(of_left, i, step)])
+                            * f64::from(right[at(of_right, step, j)])
+                    });
+                    let exact = f64::from(row[j]) + steps.sum::<f64>();
+                    assert_eq!(f64::from(found), exact, "row {i}, column {j}");
+                }
+            }
         }
     }
 
