@@ -7,7 +7,7 @@
 //!                 three bfloat16                  (left out: am·bl + al·bm + al·bl)
 //! ```
 //!
-//! Three bfloat16 hold all bits of an f32, each rounded from what is left by the one before. Of the nine products of
+//! Three bfloat16 hold all bits of an f32, each rounded to the nearest from what the one before left. Of the nine products of
 //! parts six are taken, summed in f32; the other three are less than 2⁻²⁴ of `a·b`, what f32 itself rounds by. The
 //! unit has 16 times the rate of AVX-512's multiply-adds, so that six products take three eighths of the time of one.
 //! - Results are as right as f32's products are, but not the same bits.
@@ -105,8 +105,6 @@ struct Configuration {
 /// Whether what is packed with is there.
 fn vectors() -> bool {
     is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512bf16")
 }
 
 /// Whether the processor has tiles, and products of bfloat16 in them.

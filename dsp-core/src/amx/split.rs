@@ -35,8 +35,11 @@ pub(crate) enum Side {
     Right,
 }
 
-/// The parts of 32 numbers, high first: the first 16 numbers' in the lower half of each vector.
+/// The parts of 16 pairs of numbers, high first, of each pair the first number's in the lower half.
 type Parts = [__m512i; 3];
+
+/// Above it are what is not finite and what would not be, rounded to bfloat16.
+const LARGEST: u32 = 0x7f7f_7fff;
 
 impl Amx {
     /// Packs some panels of a matrix, from its line `first_line` on, with so many tiles each, a multiple of [`TILES`],
@@ -55,7 +58,7 @@ impl Amx {
     ) -> Result<(), Unfit> {
         assert!(each > 0 && panels.len().is_multiple_of(each));
         let (count, blocks) = (panels.len() / each, each / TILES);
-        let mut unfit = 0;
+        let mut largest = 0;
         for index in 0..count * blocks {
             // Along what lies side by side in memory.
             let (panel, block) = match order {
@@ -65,17 +68,17 @@ impl Amx {
             let tiles = &mut panels[panel * each..][..each].as_chunks_mut().0[block];
             let first = [first_line + panel * LINES, block * STEPS];
             // SAFETY: the processor has these instructions, which `self` shows.
-            unfit |= unsafe { pack(side, order, &slice, first, tiles) };
+            largest = largest.max(unsafe { pack(side, order, &slice, first, tiles) });
         }
-        match unfit {
-            0 => Ok(()),
-            _ => Err(Unfit),
+        match largest <= LARGEST {
+            true => Ok(()),
+            false => Err(Unfit),
         }
     }
 }
 
-/// Packs the block from a line and a step on, and tells which of its numbers are unfit.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+/// Packs the block from a line and a step on, and tells the bits of its largest number, without the sign.
+#[target_feature(enable = "avx512f")]
 fn pack<'r>(
     side: Side,
     order: Order,
@@ -83,35 +86,33 @@ fn pack<'r>(
     [first_line, first_step]: [usize; 2],
     tiles: &mut [MaybeUninit<Tile>; TILES],
 ) -> u32 {
-    let mut unfit = 0;
-    let mut write = |part: usize, half: usize, row: usize, numbers: __m512i| {
-        let tile = tiles[2 * part + half].as_mut_ptr().cast::<__m512i>();
-        // SAFETY: a tile is 16 vectors, of which this is one, and it is aligned as they are.
-        unsafe { tile.add(row).write(numbers) };
-    };
+    let mut largest = _mm512_setzero_si512();
     for row in 0..SIDE {
-        let pairs = match order {
-            Order::ByLine => [0, SIDE].map(|line| {
-                let steps = from(slice(first_line + line + row), first_step);
-                [steps, from(steps, SIDE)]
-            }),
-            Order::ByStep => {
-                let [even, odd] = [0, 1].map(|odd| {
-                    let lines = slice(first_step + 2 * row + odd);
-                    from(lines, first_line)
-                });
-                [[even, odd], [from(even, SIDE), from(odd, SIDE)]]
+        let mut pairs = [[_mm512_setzero_ps(); 2]; 2];
+        match order {
+            Order::ByLine => {
+                for (half, pair) in pairs.iter_mut().enumerate() {
+                    let steps = from(slice(first_line + half * SIDE + row), first_step);
+                    *pair = even_and_odd(load(steps), load(from(steps, SIDE)));
+                }
             }
-        };
-        for (half, [first, second]) in pairs.into_iter().enumerate() {
-            let parts = split([load(first), load(second)]);
-            unfit |= not_finite(parts[0]);
-            for (part, numbers) in parts.into_iter().enumerate() {
-                let numbers = match order {
-                    Order::ByLine => numbers,
-                    Order::ByStep => interleave(numbers),
-                };
-                write(part, half, row, numbers);
+            Order::ByStep => {
+                for odd in [0, 1] {
+                    let lines = from(slice(first_step + 2 * row + odd), first_line);
+                    pairs[0][odd] = load(lines);
+                    pairs[1][odd] = load(from(lines, SIDE));
+                }
+            }
+        }
+        for (half, pair) in pairs.into_iter().enumerate() {
+            for numbers in pair {
+                let bits = _mm512_castps_si512(_mm512_abs_ps(numbers));
+                largest = _mm512_max_epu32(largest, bits);
+            }
+            for (part, numbers) in split(pair).into_iter().enumerate() {
+                let tile = tiles[2 * part + half].as_mut_ptr().cast::<__m512i>();
+                // SAFETY: a tile is 16 vectors, of which this is one, and it is aligned as they are.
+                unsafe { tile.add(row).write(numbers) };
             }
         }
     }
@@ -126,7 +127,7 @@ fn pack<'r>(
             unsafe { tile.write(transpose(tile.read())) };
         }
     }
-    unfit
+    _mm512_reduce_max_epu32(largest)
 }
 
 /// What comes from `start` on, if anything.
@@ -139,65 +140,60 @@ fn from(numbers: &[f32], start: usize) -> &[f32] {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn load(numbers: &[f32]) -> __m512 {
-    let count = numbers.len().min(SIDE);
-    let mask = ((1_u32 << count) - 1) as u16;
+    if let Some(numbers) = numbers.first_chunk::<SIDE>() {
+        // SAFETY: there are so many numbers.
+        return unsafe { _mm512_loadu_ps(numbers.as_ptr()) };
+    }
+    let mask = (1 << numbers.len()) - 1;
     // SAFETY: what the mask leaves out is not read, and there are so many numbers.
     unsafe { _mm512_maskz_loadu_ps(mask, numbers.as_ptr()) }
 }
 
-#[target_feature(enable = "avx512f,avx512bf16")]
+/// Of 32 numbers every second one, from the first on and from the second on.
+#[target_feature(enable = "avx512f")]
 #[inline]
-fn split(numbers: [__m512; 2]) -> Parts {
-    let [mut first, mut second] = numbers;
+fn even_and_odd(first: __m512, second: __m512) -> [__m512; 2] {
+    let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    [
+        _mm512_permutex2var_ps(first, even, second),
+        _mm512_permutex2var_ps(first, odd, second),
+    ]
+}
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn split([mut first, mut second]: [__m512; 2]) -> Parts {
     let mut parts = [_mm512_setzero_si512(); 3];
     // Loops rather than closures, which the library's functions would call without these instructions.
-    for part in &mut parts {
-        // Rounded to the nearest; the rest is exact, as it has no more bits than were there.
-        *part = rounded(first, second);
-        first = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(*part)));
-        second = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64::<1>(*part)));
+    for part in &mut parts[..2] {
+        // What is left over is exact, as it has no more bits than were there.
+        let rounded = [rounded(first), rounded(second)];
+        first = _mm512_sub_ps(first, rounded[0]);
+        second = _mm512_sub_ps(second, rounded[1]);
+        *part = paired(rounded);
     }
+    // It has eight bits by now.
+    parts[2] = paired([first, second]);
     parts
+}
+
+/// To the nearest of those with eight bits; from the middle, away from zero.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn rounded(numbers: __m512) -> __m512 {
+    let half = _mm512_set1_epi32(0x8000);
+    let kept = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let nearest = _mm512_add_epi32(_mm512_castps_si512(numbers), half);
+    _mm512_castsi512_ps(_mm512_and_si512(nearest, kept))
 }
 
 /// bfloat16 are the upper halves of f32.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn widened(numbers: __m256i) -> __m512 {
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(numbers)))
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-#[inline]
-fn rounded(first: __m512, second: __m512) -> __m512i {
-    // SAFETY: both are 64 bytes of which all values are allowed.
-    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(second, first)) }
-}
-
-/// Which of the bfloat16 have the exponent of what is not finite.
-#[target_feature(enable = "avx512f,avx512bw")]
-#[inline]
-fn not_finite(numbers: __m512i) -> u32 {
-    let exponent = _mm512_set1_epi16(0x7f80);
-    _mm512_cmpeq_epi16_mask(_mm512_and_si512(numbers, exponent), exponent)
-}
-
-/// The first of the lower half, the first of the upper half, the second of the lower half, …
-#[target_feature(enable = "avx512f,avx512bw")]
-#[inline]
-fn interleave(halves: __m512i) -> __m512i {
-    const ORDER: [u16; 2 * SIDE] = {
-        let mut order = [0; 2 * SIDE];
-        let mut i = 0;
-        while i < 2 * SIDE {
-            order[i] = (i / 2 + i % 2 * SIDE) as u16;
-            i += 1;
-        }
-        order
-    };
-    // SAFETY: the array is 64 bytes, and need not be aligned.
-    let order = unsafe { _mm512_loadu_si512(ORDER.as_ptr().cast()) };
-    _mm512_permutexvar_epi16(order, halves)
+fn paired([first, second]: [__m512; 2]) -> __m512i {
+    let first = _mm512_srli_epi32::<16>(_mm512_castps_si512(first));
+    _mm512_or_si512(_mm512_castps_si512(second), first)
 }
 
 /// Rows become columns.
@@ -236,4 +232,55 @@ fn transpose(rows: [__m512i; SIDE]) -> [__m512i; SIDE] {
         }
     }
     columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_parts_are_the_number_each_rounded_to_the_nearest_wherever_it_lies() {
+        let Some(amx) = Amx::detect() else { return };
+        let number = |line: usize, step: usize| {
+            // The fraction's bits in any order, and exponents from 2⁻⁶⁰ to 2⁶⁰.
+            let bits = (line * STEPS + step) as u32 + 1;
+            let fraction = bits.wrapping_mul(0x9e37_79b9) >> 9;
+            let exponent = 127 - 60 + bits % 121;
+            f32::from_bits(bits % 2 << 31 | exponent << 23 | fraction)
+        };
+        for side in [Side::Left, Side::Right] {
+            for order in [Order::ByLine, Order::ByStep] {
+                let of = |i: usize, j: usize| match order {
+                    Order::ByLine => number(i, j),
+                    Order::ByStep => number(j, i),
+                };
+                let rows: [[f32; STEPS]; LINES] =
+                    std::array::from_fn(|i| std::array::from_fn(|j| of(i, j)));
+                let mut tiles = [const { MaybeUninit::uninit() }; TILES];
+                amx.pack(side, (order, |i| &rows[i][..]), 0, (&mut tiles, TILES))
+                    .unwrap();
+                // SAFETY: packing writes all of them.
+                let tiles = tiles.map(|tile: MaybeUninit<Tile>| unsafe { tile.assume_init() });
+                for line in 0..LINES {
+                    for step in 0..STEPS {
+                        let [high, middle, low] = [0, 1, 2].map(|part| {
+                            let (inside, pair) = (line % SIDE, step / 2);
+                            let Tile(tile) = &tiles[2 * part + line / SIDE];
+                            let pair = match side {
+                                Side::Left => tile[inside][pair],
+                                Side::Right => tile[pair][inside],
+                            };
+                            f64::from(f32::from_bits(pair >> (16 * (step % 2)) << 16))
+                        });
+                        let number = f64::from(number(line, step));
+                        assert_eq!(high + middle + low, number);
+                        // Eight bits: the last one is 2⁻⁷ of the first, half of it the most that may be missing.
+                        assert!((number - high).abs() <= number.abs() / 256.0);
+                        let missing = (number - high - middle).abs();
+                        assert!(missing <= (number - high).abs() / 256.0);
+                    }
+                }
+            }
+        }
+    }
 }

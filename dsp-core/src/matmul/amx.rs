@@ -429,11 +429,17 @@ mod tests {
         let Some(amx) = Amx::detect() else { return };
         let [m, k, n] = [40, 50, 60];
         for strange in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX] {
-            for side in [Side::Left, Side::Right] {
+            let places = [
+                (Side::Left, 0),
+                (Side::Left, m * k - 1),
+                (Side::Right, 0),
+                (Side::Right, k * n - 1),
+            ];
+            for (side, place) in places {
                 let (mut left, mut right) = (numbers(m * k, 5), numbers(k * n, 6));
                 match side {
-                    Side::Left => left[m * k - 1] = strange,
-                    Side::Right => right[k * n - 1] = strange,
+                    Side::Left => left[place] = strange,
+                    Side::Right => right[place] = strange,
                 }
                 let product = multiply(amx, &matrix(&left, [m, k]), &matrix(&right, [k, n]), None);
                 assert!(product.is_none(), "{strange}");
