@@ -246,7 +246,7 @@ mod tests {
             let bits = (line * STEPS + step) as u32 + 1;
             let fraction = bits.wrapping_mul(0x9e37_79b9) >> 9;
             let exponent = 127 - 60 + bits % 121;
-            f32::from_bits(bits % 2 << 31 | exponent << 23 | fraction)
+            f32::from_bits(((bits % 2) << 31) | (exponent << 23) | fraction)
         };
         for side in [Side::Left, Side::Right] {
             for order in [Order::ByLine, Order::ByStep] {
@@ -270,7 +270,7 @@ mod tests {
                                 Side::Left => tile[inside][pair],
                                 Side::Right => tile[pair][inside],
                             };
-                            f64::from(f32::from_bits(pair >> (16 * (step % 2)) << 16))
+                            f64::from(f32::from_bits((pair >> (16 * (step % 2))) << 16))
                         });
                         let number = f64::from(number(line, step));
                         assert_eq!(high + middle + low, number);
