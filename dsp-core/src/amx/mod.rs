@@ -7,9 +7,10 @@
 //!                 three bfloat16                  (left out: am·bl + al·bm + al·bl)
 //! ```
 //!
-//! Three bfloat16 hold all bits of an f32, each rounded to the nearest from what the one before left. Of the nine products of
-//! parts six are taken, summed in f32; the other three are less than 2⁻²⁴ of `a·b`, what f32 itself rounds by. The
-//! unit has 16 times the rate of AVX-512's multiply-adds, so that six products take three eighths of the time of one.
+//! Three bfloat16 hold all bits of an f32, each rounded to the nearest from what the one before left. Of the nine
+//! products of parts six are taken, summed in f32; the other three are at most 2⁻²³ of `a·b` together, and by far less
+//! as a rule, where f32 rounds each sum by up to 2⁻²⁴. The unit has 16 times the rate of AVX-512's multiply-adds, so
+//! that six products take three eighths of the time of one.
 //! - Results are as right as f32's products are, but not the same bits.
 //! - Numbers that are not finite, and those of 3.39e38 and more, have no such parts: packing tells of them.
 //! - The parts of numbers below 2⁻¹¹⁰ are too small for bfloat16's exponent and are lost: down to 2⁻¹²⁶ 8 bits stay.
@@ -60,7 +61,7 @@ impl Amx {
         THERE.then_some(Self(()))
     }
 
-    /// What this thread multiplies with until it is dropped. Costs some hundred cycles.
+    /// What this thread multiplies with until it is dropped; at most one at a time. Costs some hundred cycles.
     pub(crate) fn open(self) -> Unit {
         let tiles = Configuration {
             palette: 1,
@@ -78,7 +79,7 @@ impl Amx {
     }
 }
 
-/// The unit as configured on this thread. There is one at a time.
+/// The unit as configured on this thread.
 #[derive(Debug)]
 pub(crate) struct Unit(PhantomData<*const ()>);
 

@@ -59,7 +59,8 @@ impl Unit {
     /// If the panels have not the same number of blocks, one at least.
     ///
     /// # Safety
-    /// [`LINES`] rows of as many elements can be read at `start` and written at `out`, which nobody else does.
+    /// This thread has opened no other unit since this one. [`LINES`] rows of as many elements can be read at `start`
+    /// and written at `out`, which nobody else does.
     #[inline(always)]
     pub(crate) unsafe fn multiply(
         &self,
@@ -71,8 +72,8 @@ impl Unit {
         assert!(left.len() == right.len() && left.len() >= TILES);
         assert!(left.len().is_multiple_of(TILES));
         const { assert!(LINES == 2 * SIDE && size_of::<Tile>() == 1024) };
-        // SAFETY: the unit is configured on this thread, which `self` shows. What is read of the panels are as many
-        // blocks as they have, and what is read and written elsewhere is the caller's.
+        // SAFETY: the unit is configured on this thread, which `self` shows, and by the caller's word not yet released. Of
+        // the panels as many blocks are read as they have; what is read and written elsewhere is the caller's.
         unsafe {
             asm!(
                 "tileloadd tmm0, [{start} + {start_row}]",

@@ -43,8 +43,7 @@ const LARGEST: u32 = 0x7f7f_7fff;
 
 impl Amx {
     /// Packs some panels of a matrix, from its line `first_line` on, with so many tiles each, a multiple of [`TILES`],
-    /// all of which are written. `slice` gives the
-    /// numbers of a line, or of a step; what it has not is zero.
+    /// all of which are written. `slice` gives the numbers of a line, or of a step; what it has not is zero.
     ///
     /// # Panics
     /// If the last panel has not as many tiles as the others.

@@ -160,8 +160,8 @@ impl Product<'_> {
                     out_row: n,
                     next: next.1,
                 };
-                // SAFETY: these rows and columns are inside the result, and this part's alone. They were written
-                // before where this is not the first place.
+                // SAFETY: nothing here opens another unit. These rows and columns are inside the result, and this
+                // part's alone; they were written before where this is not the first place.
                 unsafe { block.multiply(&unit, place) };
             }
         }
@@ -190,7 +190,8 @@ struct Block<'a> {
 
 impl Block<'_> {
     /// # Safety
-    /// These rows and columns can be written at `out`, which nobody else does, and read if the place is a later one.
+    /// `unit` is the last one that this thread has opened. These rows and columns can be written at `out`, which nobody
+    /// else does, and read if the place is a later one.
     unsafe fn multiply(&self, unit: &Unit, place: Place) {
         let (out, out_row) = (self.out, self.out_row);
         let row = Start {
