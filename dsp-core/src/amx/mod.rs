@@ -11,7 +11,7 @@
 //! products of parts six are taken, summed in f32; the other three are at most 2⁻²³ of `a·b` together, and by far less
 //! as a rule, where f32 rounds each sum by up to 2⁻²⁴. The unit has 16 times the rate of AVX-512's multiply-adds, so
 //! that six products take three eighths of the time of one.
-//! - Results are as right as f32's products are, but not the same bits.
+//! - Results are as right as f32's products are, but not the same bits. Those of more than 3.37e38 may be infinite.
 //! - Numbers that are not finite, and those of 3.39e38 and more, have no such parts: packing tells of them.
 //! - The parts of numbers below 2⁻¹¹⁰ are too small for bfloat16's exponent and are lost: down to 2⁻¹²⁶ 8 bits stay.
 //!
@@ -57,7 +57,7 @@ pub(crate) struct Amx(());
 
 impl Amx {
     pub(crate) fn detect() -> Option<Self> {
-        static THERE: LazyLock<bool> = LazyLock::new(|| vectors() && tiles() && permitted());
+        static THERE: LazyLock<bool> = LazyLock::new(|| tiles() && permitted());
         THERE.then_some(Self(()))
     }
 
@@ -103,18 +103,13 @@ struct Configuration {
     more_rows: [u8; 8],
 }
 
-/// Whether what is packed with is there.
-fn vectors() -> bool {
-    is_x86_feature_detected!("avx512f")
-}
-
-/// Whether the processor has tiles, and products of bfloat16 in them.
+/// Whether the processor has tiles, products of bfloat16 in them, and what numbers are packed with.
 fn tiles() -> bool {
     use std::arch::x86_64::__cpuid_count;
     const BF16: u32 = 1 << 22;
     const TILES: u32 = 1 << 24;
     // With AVX-512 there is a leaf 7.
-    __cpuid_count(7, 0).edx & (BF16 | TILES) == BF16 | TILES
+    is_x86_feature_detected!("avx512f") && __cpuid_count(7, 0).edx & (BF16 | TILES) == BF16 | TILES
 }
 
 /// Asks the system for the tiles' registers, for all threads of this process.

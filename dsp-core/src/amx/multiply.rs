@@ -9,11 +9,10 @@
 //!         └───┘             └───┘└───┘
 //! ```
 //!
-//! A block takes the six products of parts in an order in which each needs one new part only. A core with time to itself
-//! does so at 380 GFLOP/s (of f32; from its caches, Xeon model 207), its multiply-adds have 165. One that is slowed
-//! down, by a neighbour or for power, had 100 and multiply-adds 102; it has 130 to 145 if instructions that do nothing
-//! come between the products of tiles, of which a free one takes no notice: measured for 4 to 64 of them, alike from 8
-//! on, and as well for additions as for nothing.
+//! A block takes the six products of parts in an order in which each needs one new part only. From its caches a core
+//! with time to itself does so at 380 GFLOP/s (of f32; Xeon model 207), one that is slowed down, by a neighbour or for
+//! power, at 100. That one has 130 to 145 if instructions that do nothing come between the products of tiles, of which
+//! the other takes no notice: measured for 4 to 64 of them, about alike from 8 on, and as well for additions.
 
 use std::arch::asm;
 

@@ -38,45 +38,37 @@ pub(super) fn matmul<const D: usize>(
     if D != 2 || empty || !alike {
         return None;
     }
-    let [left, right] = [left, right].map(|x| primitive(x.clone()));
-    let row = row.cloned();
     Some(match element {
-        Native::F32 => {
-            let (left, right, row) = operands::<f32>(&left, &right, row);
-            let row = row.as_ref().map(|row| row.row(0));
-            let found = on_the_unit(&left, &right, row);
-            let found = found.unwrap_or_else(|| product(&left, &right, row));
-            Owned::from_vec(found, &[left.shape[0], right.shape[1]]).into_tensor()
-        }
-        Native::F64 => {
-            let (left, right, row) = operands::<f64>(&left, &right, row);
-            let found = product(&left, &right, row.as_ref().map(|row| row.row(0)));
-            Owned::from_vec(found, &[left.shape[0], right.shape[1]]).into_tensor()
-        }
+        Native::F32 => product(left, right, row, on_the_unit),
+        Native::F64 => product(left, right, row, |_, _, _: Option<&[f64]>| None),
     })
 }
 
-/// # Panics
-/// If their sizes do not belong together.
-fn operands<'a, E: Real>(
-    left: &'a FlexTensor,
-    right: &'a FlexTensor,
-    row: Option<Tensor<1>>,
-) -> (Matrix<'a, E>, Matrix<'a, E>, Option<Rows<E>>) {
-    let [left, right] = [left, right].map(Matrix::<E>::of);
+/// By another way where there is one, else by `gemm`.
+fn product<E: Real, const D: usize>(
+    left: &Tensor<D>,
+    right: &Tensor<D>,
+    row: Option<&Tensor<1>>,
+    other: impl Fn(&Matrix<'_, E>, &Matrix<'_, E>, Option<&[E]>) -> Option<Vec<E>>,
+) -> Tensor<D> {
+    let [left, right] = [left, right].map(|x| primitive(x.clone()));
+    let [left, right] = [&left, &right].map(Matrix::<E>::of);
+    let ([m, k], [steps, n]) = (left.shape, right.shape);
     assert_eq!(
-        left.shape[1], right.shape[0],
+        k, steps,
         "the left matrix is as wide as the right one is high"
     );
-    let row = row.map(Rows::<E>::of);
-    if let Some(row) = &row {
+    let row = row.map(|row| Rows::<E>::of(row.clone()));
+    let row = row.as_ref().map(|row| {
         assert_eq!(
             row.width(),
-            right.shape[1],
+            n,
             "a row is added that is as wide as the product"
         );
-    }
-    (left, right, row)
+        row.row(0)
+    });
+    let out = other(&left, &right, row).unwrap_or_else(|| by_gemm(&left, &right, row));
+    Owned::from_vec(out, &[m, n]).into_tensor()
 }
 
 /// By the processor's matrix unit, where there is one and the product is for it.
@@ -94,7 +86,7 @@ fn on_the_unit(_: &Matrix<'_, f32>, _: &Matrix<'_, f32>, _: Option<&[f32]>) -> O
     None
 }
 
-fn product<E: Real>(left: &Matrix<'_, E>, right: &Matrix<'_, E>, row: Option<&[E]>) -> Vec<E> {
+fn by_gemm<E: Real>(left: &Matrix<'_, E>, right: &Matrix<'_, E>, row: Option<&[E]>) -> Vec<E> {
     let ([m, k], n) = (left.shape, right.shape[1]);
     let mut out = Vec::with_capacity(m * n);
     if let Some(row) = row {
