@@ -54,8 +54,8 @@ struct Launch {
     last: Vec<Option<Call>>,
     waits: Vec<Option<(Announcement, Duration)>>,
     values: Vec<Option<Vec<u8>>>,
-    /// Whose deadline was over first, and since when that is known.
-    late: Option<(usize, Instant)>,
+    /// Whose deadlines are over, and since when that is known, in this order.
+    late: Vec<(usize, Instant)>,
     last_return: Option<Instant>,
     over: bool,
 }
@@ -110,7 +110,7 @@ impl Hub {
                     && let Some((_, so_far)) = &mut state.waits[from]
                 {
                     *so_far = waited;
-                    state.late.get_or_insert((from, now));
+                    state.late.push((from, now));
                 }
             }
             Said::Failed { launch, cause } => self.fail(launch, cause),
@@ -119,13 +119,13 @@ impl Hub {
             // Who delivers messages asked for it.
             Said::Alive => {}
         }
-        std::mem::take(&mut self.outbox)
+        self.decided()
     }
 
     /// Notes that a process has ended, or cannot be reached any more.
     pub(super) fn lost(&mut self, rank: usize) -> Outbox {
         self.ended(rank);
-        std::mem::take(&mut self.outbox)
+        self.decided()
     }
 
     /// Whether a process has ended.
@@ -153,6 +153,13 @@ impl Hub {
                 self.fail(launch, cause);
             }
         }
+        self.decided()
+    }
+
+    /// What is to be sent. A launch that is over is forgotten when all processes have begun it, for then nothing that is
+    /// still said of it begins it anew.
+    fn decided(&mut self) -> Outbox {
+        (self.launches).retain(|_, state| !state.over || state.opened.contains(&false));
         std::mem::take(&mut self.outbox)
     }
 
@@ -170,7 +177,7 @@ impl Hub {
             last: vec![None; size],
             waits: vec![None; size],
             values: vec![None; ranks],
-            late: None,
+            late: Vec::new(),
             last_return: None,
             over: false,
         });
@@ -235,8 +242,10 @@ impl Hub {
         if let Some((_, cause)) = deserted {
             return self.fail(launch, cause);
         }
-        if let Some(values) = state.values.iter().cloned().collect() {
+        if state.values.iter().all(Option::is_some) {
             state.over = true;
+            let values = std::mem::take(&mut state.values);
+            let values = values.into_iter().flatten().collect();
             self.outbox.push((To::All, Told::Done { launch, values }));
         }
     }
@@ -255,6 +264,7 @@ impl Hub {
         if let Some(state) = self.open_launch(launch) {
             state.over = true;
             state.rounds.clear();
+            state.values.clear();
             self.outbox.push((To::All, Told::Fate { launch, cause }));
         }
     }
@@ -263,8 +273,8 @@ impl Hub {
 impl Launch {
     fn hear_wait(&mut self, rank: usize, wait: Option<(Announcement, Duration)>) {
         // What it waited for has come after all.
-        if wait.is_none() && self.late.is_some_and(|(late, _)| late == rank) {
-            self.late = None;
+        if wait.is_none() {
+            self.late.retain(|&(late, _)| late != rank);
         }
         self.waits[rank] = wait;
     }
@@ -282,7 +292,7 @@ impl Launch {
 
     /// The error of the wait that was over first, when it is known who else waits.
     fn unanswered(&self, now: Instant) -> Option<CommError> {
-        let (rank, since) = self.late?;
+        let &(rank, since) = self.late.first()?;
         if now.saturating_duration_since(since) < HEARING {
             return None;
         }
@@ -484,6 +494,39 @@ mod tests {
     }
 
     #[test]
+    fn a_deadline_that_is_over_is_not_forgotten_when_what_an_earlier_one_waited_for_comes() {
+        let (mut hub, now) = hub(4);
+        let (first, second) = (Announcement::of(&[0, 1], 0), Announcement::of(&[2, 3], 0));
+        for (rank, exchange) in [(0, &first), (2, &second)] {
+            let waits = Said::Waits {
+                launch: 0,
+                wait: Some((exchange.clone(), NOTICE)),
+            };
+            let late = Said::Late {
+                launch: 0,
+                waited: TIMEOUT,
+            };
+            for said in [enter(exchange.clone()), waits, late] {
+                assert_eq!(hub.hear(rank, said, now), []);
+            }
+        }
+        assert_eq!(goes(&hub.hear(1, enter(first), now)), [(0, 0), (1, 0)]);
+        let came = Said::Waits {
+            launch: 0,
+            wait: None,
+        };
+        assert_eq!(hub.hear(0, came, now), []);
+        assert_eq!(hub.look_after(now), []);
+        let expected = CommError::Unanswered {
+            rank: 2,
+            call: second.call,
+            missing: vec![3],
+            waited: TIMEOUT,
+        };
+        assert_eq!(fate(hub.look_after(now + HEARING)), expected);
+    }
+
+    #[test]
     fn an_exchange_that_a_member_has_left_behind_is_an_error_on_whichever_side_comes_first() {
         for returns_first in [true, false] {
             let (mut hub, now) = hub(2);
@@ -540,6 +583,65 @@ mod tests {
             ),
             "{cause}"
         );
+    }
+
+    #[test]
+    fn a_launch_that_is_over_is_forgotten_when_all_have_begun_it_and_nothing_begins_it_anew() {
+        let opened = Said::Opened {
+            launch: 0,
+            ranks: 2,
+            timeout: TIMEOUT,
+        };
+        let returned = |value| Said::Returned { launch: 0, value };
+        let failed = Said::Failed {
+            launch: 0,
+            cause: gone(0),
+        };
+        for ends_well in [true, false] {
+            // Rank 2 has no part in it, and comes late.
+            let (mut hub, now) = (Hub::new(3), Instant::now());
+            for rank in 0..2 {
+                assert_eq!(hub.hear(rank, opened.clone(), now), []);
+            }
+            if ends_well {
+                let value = vec![4; 100];
+                let place = value.as_ptr();
+                assert_eq!(hub.hear(0, returned(value), now), []);
+                let outbox = hub.hear(1, returned(vec![5]), now);
+                let [(To::All, Told::Done { values, .. })] = &outbox[..] else {
+                    panic!("{outbox:?}");
+                };
+                assert_eq!(values[0].as_ptr(), place, "handed on, not copied");
+            } else {
+                assert_eq!(fate(hub.hear(1, failed.clone(), now)), gone(0));
+            }
+            assert!(hub.launches[&0].values.is_empty());
+            assert_eq!(hub.hear(2, opened.clone(), now), []);
+            let exchange = Announcement::of(&[0, 1], 0);
+            let late = [
+                enter(exchange.clone()),
+                Said::Waits {
+                    launch: 0,
+                    wait: Some((exchange, NOTICE)),
+                },
+                Said::Late {
+                    launch: 0,
+                    waited: TIMEOUT,
+                },
+                Said::Meeting {
+                    launch: 0,
+                    name: vec![1],
+                },
+                returned(vec![6]),
+                failed.clone(),
+            ];
+            for said in late {
+                assert_eq!(hub.hear(0, said, now), []);
+                assert!(hub.launches.is_empty());
+            }
+            assert_eq!(hub.look_after(now + 10 * TIMEOUT), []);
+            assert_eq!(hub.lost(0), []);
+        }
     }
 
     #[test]

@@ -161,6 +161,9 @@ pub enum NcclError {
     Thread(#[source] std::io::Error),
 }
 
+/// The longest wait for the other processes, in place of any longer one: some clocks cannot count much further.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// Which of a job's processes one is, and what it uses.
 #[derive(Debug, Clone)]
 pub struct NcclConfig {
@@ -200,10 +203,10 @@ impl NcclConfig {
         self
     }
 
-    /// How long the ranks wait for each other to come; a minute, if nothing else is said.
+    /// How long the ranks wait for each other to come, at most a year; a minute, if nothing else is said.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.timeout = timeout.min(LONGEST);
         self
     }
 
@@ -333,6 +336,17 @@ mod tests {
             ),
             "{error}"
         );
+    }
+
+    #[test]
+    fn ranks_that_would_wait_for_ever_meet() {
+        let config = NcclConfig::new(0, 1, "127.0.0.1:0").with_timeout(Duration::MAX);
+        let deadline = Instant::now() + config.timeout;
+        let mut door = meeting::listen(&config.address).unwrap();
+        let address = door.address();
+        let hub = meeting::serve(door, config.size, deadline).unwrap();
+        drop(meeting::connect(&address, (config.rank, config.size), deadline).unwrap());
+        hub.join().unwrap();
     }
 
     #[test]

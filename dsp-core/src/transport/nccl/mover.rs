@@ -1,6 +1,7 @@
 //! What a process's mover does: the one thing of this transport that only GPUs can do, behind a trait, so that all the
 //! rest is tested without one.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -28,12 +29,35 @@ pub(super) trait Mover {
     fn leave(&mut self, patience: &Patience<'_>) -> Result<(), NcclError>;
 }
 
-/// How long something is waited for: until a deadline, and not when the launch has failed.
+/// What ends a mover's waits in a launch. It comes with what the mover is asked for: by the time that is done the launch
+/// may have ended here, and the others' movers wait for this one all the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Limits {
+    /// How long each may take.
+    pub(super) timeout: Duration,
+    /// Whether the launch has failed.
+    pub(super) failed: Arc<AtomicBool>,
+}
+
+impl Limits {
+    pub(super) fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// For what begins now.
+    pub(super) fn patience(&self) -> Patience<'_> {
+        Patience {
+            start: Instant::now(),
+            limits: self,
+        }
+    }
+}
+
+/// How long something is waited for: until the time is over, and not when the launch has failed.
 #[derive(Debug)]
 pub(super) struct Patience<'a> {
     start: Instant,
-    deadline: Instant,
-    failed: &'a AtomicBool,
+    limits: &'a Limits,
 }
 
 /// Between two looks at what has become of a call, after the first: well below what a launch costs.
@@ -42,26 +66,17 @@ const PAUSE: Duration = Duration::from_micros(20);
 /// For how long nobody sleeps between two looks.
 const WAKEFUL: Duration = Duration::from_millis(1);
 
-impl<'a> Patience<'a> {
-    pub(super) fn new(timeout: Duration, failed: &'a AtomicBool) -> Self {
-        let start = Instant::now();
-        Self {
-            start,
-            deadline: start + timeout,
-            failed,
-        }
-    }
-
+impl Patience<'_> {
     /// Waits a moment for something.
     ///
     /// # Errors
     /// [`NcclError::Aborted`] or [`NcclError::Late`] if it is not worth waiting any longer.
     pub(super) fn pause(&self, what: &'static str) -> Result<(), NcclError> {
-        if self.failed.load(Ordering::Acquire) {
+        if self.limits.failed() {
             return Err(NcclError::Aborted);
         }
         let waited = self.start.elapsed();
-        if Instant::now() >= self.deadline {
+        if waited >= self.limits.timeout {
             return Err(NcclError::Late { what, waited });
         }
         match waited < WAKEFUL {
@@ -78,8 +93,12 @@ mod tests {
 
     #[test]
     fn patience_ends_at_the_deadline_or_when_the_launch_fails() {
-        let failed = AtomicBool::new(false);
-        let patience = Patience::new(Duration::from_millis(3), &failed);
+        let limits = |timeout| Limits {
+            timeout,
+            ..Limits::default()
+        };
+        let short = limits(Duration::from_millis(3));
+        let patience = short.patience();
         let error = loop {
             if let Err(error) = patience.pause("for nobody") {
                 break error;
@@ -95,9 +114,10 @@ mod tests {
             ),
             "{error}"
         );
-        let patience = Patience::new(Duration::from_secs(60), &failed);
+        let endless = limits(Duration::MAX);
+        let patience = endless.patience();
         assert!(patience.pause("for somebody").is_ok());
-        failed.store(true, Ordering::Release);
+        endless.failed.store(true, Ordering::Release);
         let error = patience.pause("for somebody").unwrap_err();
         assert!(matches!(error, NcclError::Aborted), "{error}");
     }

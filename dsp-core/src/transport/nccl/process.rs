@@ -21,7 +21,7 @@ use super::NcclError;
 use super::communicator::Boxes;
 use super::hub::NOTICE;
 use super::meeting::{Line, Voice};
-use super::mover::{Mover, Patience};
+use super::mover::{Limits, Mover};
 use super::wire::{Announcement, Key, Said, Told};
 use crate::error::{Call, CommError};
 use crate::transport::Times;
@@ -38,8 +38,56 @@ const GLANCE: Duration = Duration::from_secs(1);
 /// The exit code of a process that had to be ended.
 const ABORTED: i32 = 70;
 
+/// What became of an exchange.
+type Outcome = Result<Times, CommError>;
+
 /// Where the outcome of an exchange arrives.
-pub(super) type Answer = Receiver<Result<Times, CommError>>;
+#[derive(Debug)]
+pub(super) struct Answer {
+    outcome: Receiver<Outcome>,
+    settled: Arc<AtomicBool>,
+}
+
+impl Answer {
+    /// Whether the outcome is there, or will never be.
+    pub(super) fn is_ready(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+}
+
+/// From where it comes; dropped without one, none will come.
+struct Reply {
+    outcome: SyncSender<Outcome>,
+    settled: Arc<AtomicBool>,
+}
+
+impl Reply {
+    fn send(self, outcome: Outcome) {
+        // Whoever does not wait for it has no use for it.
+        let _ = self.outcome.send(outcome);
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        self.settled.store(true, Ordering::Release);
+    }
+}
+
+/// An answer, and from where it comes.
+fn answer() -> (Reply, Answer) {
+    let (sender, receiver) = sync_channel(1);
+    let settled = Arc::<AtomicBool>::default();
+    let reply = Reply {
+        outcome: sender,
+        settled: settled.clone(),
+    };
+    let answer = Answer {
+        outcome: receiver,
+        settled,
+    };
+    (reply, answer)
+}
 
 /// A process among those of its job. Dropped, it says farewell.
 #[derive(Debug)]
@@ -75,12 +123,11 @@ struct View {
 
 #[derive(Debug, Default)]
 struct Launch {
-    timeout: Duration,
+    /// For the mover, which looks often: they say whether there is a fate.
+    limits: Limits,
     /// Whether the own rank runs.
     runs: bool,
     fate: Option<CommError>,
-    /// Whether there is one, for those who look often.
-    failed: Arc<AtomicBool>,
     /// When it came, or when the rank began later than that.
     fated: Option<Instant>,
     values: Option<Vec<Vec<u8>>>,
@@ -88,11 +135,22 @@ struct Launch {
 
 /// What happens to the mover's thread.
 enum Event {
-    Open { launch: u64 },
-    Join { launch: u64, name: Vec<u8> },
+    Open {
+        launch: u64,
+    },
+    Join {
+        launch: u64,
+        name: Vec<u8>,
+        limits: Limits,
+    },
     Enter(Box<Entry>),
-    Go { launch: u64, key: Key },
-    Fate { launch: u64 },
+    Go {
+        launch: u64,
+        key: Key,
+    },
+    Fate {
+        launch: u64,
+    },
     Stop,
 }
 
@@ -101,7 +159,8 @@ struct Entry {
     launch: u64,
     exchange: Announcement,
     boxes: Boxes,
-    reply: SyncSender<Result<Times, CommError>>,
+    limits: Limits,
+    reply: Reply,
 }
 
 impl Process {
@@ -165,12 +224,13 @@ impl Process {
         let mut view = self.shared.view();
         let deaf = view.deaf.clone();
         let state = view.launches.entry(launch).or_default();
-        state.timeout = timeout;
+        state.limits.timeout = timeout;
         state.runs = true;
         state.fated = state.fated.map(|_| Instant::now());
         if let Some(cause) = deaf {
             state.fail(cause);
         }
+        let limits = state.limits.clone();
         drop(view);
         self.shared.say(Said::Opened {
             launch,
@@ -182,6 +242,7 @@ impl Process {
             process: self.clone(),
             launch,
             ranks,
+            limits,
             last: Mutex::new(None),
         }
     }
@@ -209,6 +270,7 @@ pub(crate) struct Job {
     process: Arc<Process>,
     launch: u64,
     ranks: usize,
+    limits: Limits,
     last: Mutex<Option<Call>>,
 }
 
@@ -235,8 +297,7 @@ impl Job {
     pub(super) fn call(&self, call: &Call) -> Result<(), CommError> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         *last = Some(call.clone());
-        let view = self.process.shared.view();
-        match (view.launches.get(&self.launch)).and_then(|launch| launch.fate.clone()) {
+        match self.process.shared.fate(self.launch) {
             Some(fate) => Err(fate),
             None => Ok(()),
         }
@@ -244,13 +305,14 @@ impl Job {
 
     /// Enters an exchange; returns at once.
     pub(super) fn enter(&self, exchange: Announcement, boxes: Boxes) -> Answer {
-        let (reply, answer) = sync_channel(1);
+        let (reply, answer) = answer();
         (self.process.sent).fetch_add(boxes.sent_bytes(), Ordering::Relaxed);
         // The boxes first: the hub's word finds them there.
         self.process.event(Event::Enter(Box::new(Entry {
             launch: self.launch,
             exchange: exchange.clone(),
             boxes,
+            limits: self.limits.clone(),
             reply,
         })));
         self.process.shared.say(Said::Entered {
@@ -270,17 +332,18 @@ impl Job {
         let (launch, start) = (self.launch, Instant::now());
         let say = |said| self.process.shared.say(said);
         let left = || deadline.saturating_duration_since(Instant::now());
-        let mut answered = answer.recv_timeout(left().min(NOTICE));
+        let outcome = &answer.outcome;
+        let mut answered = outcome.recv_timeout(left().min(NOTICE));
         if let Err(RecvTimeoutError::Timeout) = answered {
             say(Said::Waits {
                 launch,
                 wait: Some((exchange.clone(), start.elapsed())),
             });
-            answered = answer.recv_timeout(left());
+            answered = outcome.recv_timeout(left());
             if let Err(RecvTimeoutError::Timeout) = answered {
                 let waited = start.elapsed();
                 say(Said::Late { launch, waited });
-                answered = answer.recv_timeout(GRACE);
+                answered = outcome.recv_timeout(GRACE);
             }
             if let Ok(Ok(_)) = answered {
                 say(Said::Waits { launch, wait: None });
@@ -352,7 +415,7 @@ impl Launch {
         if self.fate.is_none() {
             self.fated = Some(Instant::now());
         }
-        self.failed.store(true, Ordering::Release);
+        self.limits.failed.store(true, Ordering::Release);
         self.fate.get_or_insert(cause).clone()
     }
 }
@@ -367,11 +430,9 @@ impl Shared {
         self.voice.say(said);
     }
 
-    /// What is known of a launch: whether it has failed, and how long its exchanges may take.
-    fn launch(&self, launch: u64) -> (Arc<AtomicBool>, Duration) {
-        let mut view = self.view();
-        let state = view.launches.entry(launch).or_default();
-        (state.failed.clone(), state.timeout)
+    /// Why a launch has failed, if it has and is not over here.
+    fn fate(&self, launch: u64) -> Option<CommError> {
+        self.view().launches.get(&launch)?.fate.clone()
     }
 }
 
@@ -380,7 +441,7 @@ fn listen(mut line: Line, shared: &Shared, events: &Sender<Event>) {
     let fail = |view: &mut View, launch: u64, cause: CommError| {
         let state = view.launches.entry(launch).or_default();
         // First, for the mover may be at work; and what the rank asks for next comes after the event.
-        state.failed.store(true, Ordering::Release);
+        state.limits.failed.store(true, Ordering::Release);
         let _ = events.send(Event::Fate { launch });
         state.fail(cause);
     };
@@ -406,7 +467,15 @@ fn listen(mut line: Line, shared: &Shared, events: &Sender<Event>) {
             }
         };
         let event = match told {
-            Told::Join { launch, name } => Event::Join { launch, name },
+            Told::Join { launch, name } => match shared.view().launches.get(&launch) {
+                Some(state) => Event::Join {
+                    launch,
+                    name,
+                    limits: state.limits.clone(),
+                },
+                // The hub says this before it says the end: so it was given up here, which fails it for all.
+                None => continue,
+            },
             Told::Go { launch, key } => Event::Go { launch, key },
             Told::Fate { launch, cause } => {
                 fail(&mut shared.view(), launch, cause);
@@ -449,7 +518,11 @@ impl<M: Mover> Worker<M> {
         loop {
             match happens.recv_timeout(GLANCE) {
                 Ok(Event::Open { launch }) => self.open(launch),
-                Ok(Event::Join { launch, name }) => self.join(launch, &name),
+                Ok(Event::Join {
+                    launch,
+                    name,
+                    limits,
+                }) => self.join(launch, &name, &limits),
                 Ok(Event::Enter(entry)) => self.enter(*entry),
                 Ok(Event::Go { launch, key }) => {
                     self.ready.push_back((launch, key));
@@ -473,10 +546,8 @@ impl<M: Mover> Worker<M> {
         }
     }
 
-    fn join(&mut self, launch: u64, name: &[u8]) {
-        let (failed, timeout) = self.shared.launch(launch);
-        let joined = (self.mover).join(name, &Patience::new(timeout, &failed));
-        match joined {
+    fn join(&mut self, launch: u64, name: &[u8], limits: &Limits) {
+        match self.mover.join(name, &limits.patience()) {
             Ok(()) => self.go_on(),
             Err(error) => {
                 self.mover.abort();
@@ -486,16 +557,12 @@ impl<M: Mover> Worker<M> {
     }
 
     fn enter(&mut self, entry: Entry) {
-        let fate =
-            (self.shared.view().launches.get(&entry.launch)).map(|launch| launch.fate.clone());
-        match fate {
-            Some(None) => {
-                let key = (entry.launch, entry.exchange.key());
-                self.entries.insert(key, entry);
-            }
+        if !entry.limits.failed() {
+            let key = (entry.launch, entry.exchange.key());
+            self.entries.insert(key, entry);
+        } else if let Some(fate) = self.shared.fate(entry.launch) {
             // The launch has failed meanwhile: nobody else would say so.
-            Some(Some(fate)) => drop(entry.reply.send(Err(fate))),
-            None => {}
+            entry.reply.send(Err(fate));
         }
     }
 
@@ -513,13 +580,11 @@ impl<M: Mover> Worker<M> {
 
     fn make(&mut self, entry: Entry) {
         let entered = Instant::now();
-        let (failed, timeout) = self.shared.launch(entry.launch);
-        match (self.mover).exchange(&entry.boxes, &Patience::new(timeout, &failed)) {
+        match (self.mover).exchange(&entry.boxes, &entry.limits.patience()) {
             Ok(()) => {
                 let Entry { boxes, reply, .. } = entry;
                 drop(boxes);
-                // Whoever does not wait for it has no use for it.
-                let _ = reply.send(Ok(Times {
+                reply.send(Ok(Times {
                     laid: None,
                     entered,
                     arrived: Instant::now(),
@@ -534,11 +599,7 @@ impl<M: Mover> Worker<M> {
                     self.failed(launch, &format!("in {call} of ranks {members:?}: {error}"));
                 }
                 // Answered with the fate, which comes or has come.
-                let key = (launch, entry.exchange.key());
-                self.entries.insert(key, entry);
-                if failed.load(Ordering::Acquire) {
-                    self.fate(launch);
-                }
+                self.enter(entry);
             }
         }
     }
@@ -555,7 +616,7 @@ impl<M: Mover> Worker<M> {
     fn fate(&mut self, launch: u64) {
         self.mover.abort();
         self.ready.retain(|(of, _)| *of != launch);
-        let fate = (self.shared.view().launches.get(&launch)).and_then(|state| state.fate.clone());
+        let fate = self.shared.fate(launch);
         let (over, others) = std::mem::take(&mut self.entries)
             .into_iter()
             .partition(|((of, _), _)| *of == launch);
@@ -563,7 +624,7 @@ impl<M: Mover> Worker<M> {
         let over: HashMap<(u64, Key), Entry> = over;
         if let Some(fate) = fate {
             for entry in over.into_values() {
-                let _ = entry.reply.send(Err(fate.clone()));
+                entry.reply.send(Err(fate.clone()));
             }
         }
     }
@@ -573,7 +634,7 @@ impl<M: Mover> Worker<M> {
     fn look_after(&self) {
         let view = self.shared.view();
         let stuck = view.launches.values().find_map(|launch| {
-            let stuck = launch.runs && launch.fated?.elapsed() > launch.timeout;
+            let stuck = launch.runs && launch.fated?.elapsed() > launch.limits.timeout;
             stuck.then_some(launch.fate.as_ref()?)
         });
         if let Some(root) = stuck {
@@ -586,8 +647,11 @@ impl<M: Mover> Worker<M> {
     }
 
     fn stop(mut self) {
-        let failed = AtomicBool::new(false);
-        if (self.mover.leave(&Patience::new(FAREWELL, &failed))).is_err() {
+        let limits = Limits {
+            timeout: FAREWELL,
+            ..Limits::default()
+        };
+        if self.mover.leave(&limits.patience()).is_err() {
             self.mover.abort();
         }
         self.shared.say(Said::Bye);
@@ -597,7 +661,9 @@ impl<M: Mover> Worker<M> {
 #[cfg(test)]
 mod tests {
 
+    use super::super::LONGEST;
     use super::super::meeting;
+    use super::super::mover::Patience;
     use super::*;
     use crate::ledger::Collective;
 
@@ -623,7 +689,11 @@ mod tests {
             Ok(vec![self.written.lock().unwrap().len() as u8])
         }
 
-        fn join(&mut self, name: &[u8], _patience: &Patience<'_>) -> Result<(), NcclError> {
+        fn join(&mut self, name: &[u8], patience: &Patience<'_>) -> Result<(), NcclError> {
+            // It waits for nobody, and so not in vain where a launch fails at once; but who has no time cannot join.
+            if let Err(late @ NcclError::Late { .. }) = patience.pause("to join the others") {
+                return Err(late);
+            }
             self.joined = true;
             self.write(format!("joins {name:?}"));
             Ok(())
@@ -702,6 +772,14 @@ mod tests {
     }
 
     const TIMEOUT: Duration = Duration::from_secs(20);
+
+    fn wait_while(so: impl Fn() -> bool) {
+        let deadline = soon();
+        while so() {
+            assert!(Instant::now() < deadline, "waited for long enough");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 
     /// Enters an exchange, waits for it and ends the launch.
     fn exchange_once(job: &Job, exchange: Announcement, deadline: Instant) -> Option<CommError> {
@@ -834,6 +912,134 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_mover_that_comes_to_joining_when_the_launch_has_ended_joins() {
+        static BUSY: AtomicBool = AtomicBool::new(true);
+        let make: Make = |rank, boxes, _| match (rank, boxes.sent_bytes()) {
+            (0, 8) => Err(NcclError::Call {
+                call: "ncclSend",
+                message: "unhandled system error".to_owned(),
+            }),
+            (1, 8) => {
+                wait_while(|| BUSY.load(Ordering::Relaxed));
+                Err(NcclError::Aborted)
+            }
+            _ => Ok(()),
+        };
+        let outcomes = run(2, make, |process| {
+            let both = |sequence| Announcement::of(&[0, 1], sequence);
+            let job = process.open(2, TIMEOUT);
+            let answer = job.enter(both(0), Boxes::noted(8));
+            // Rank 1 does not wait for its mover, which is busy.
+            if process.rank() == 0 {
+                job.wait(&answer, &both(0), soon()).unwrap_err();
+            }
+            job.finish(vec![]).unwrap_err();
+
+            let job = process.open(2, TIMEOUT);
+            if process.rank() == 0 {
+                // Made when this rank's mover has joined, so that the other's has been told to.
+                let alone = Announcement::of(&[0], 0);
+                let answer = job.enter(alone.clone(), Boxes::noted(4));
+                job.wait(&answer, &alone, soon()).unwrap();
+            }
+            job.finish(vec![]).unwrap();
+            if process.rank() == 1 {
+                BUSY.store(false, Ordering::Relaxed);
+            }
+
+            let job = process.open(2, TIMEOUT);
+            let answer = job.enter(both(0), Boxes::noted(16));
+            job.wait(&answer, &both(0), soon()).unwrap();
+            job.finish(vec![]).unwrap();
+            assert!(process.shared.view().launches.is_empty(), "kept for ever");
+        });
+        for ((), notes) in &outcomes {
+            let joins = |note: &&String| note.starts_with("joins");
+            assert_eq!(notes.iter().filter(joins).count(), 2, "{notes:?}");
+        }
+    }
+
+    #[test]
+    fn exchanges_that_nobody_waits_for_are_made_when_their_launch_has_ended() {
+        static BEGUN: AtomicBool = AtomicBool::new(false);
+        static BUSY: AtomicBool = AtomicBool::new(true);
+        let make: Make = |rank, boxes, patience| {
+            if (rank, boxes.sent_bytes()) == (1, 8) {
+                BEGUN.store(true, Ordering::Relaxed);
+                wait_while(|| BUSY.load(Ordering::Relaxed));
+            }
+            patience.pause("for the boxes")
+        };
+        let outcomes = run(2, make, |process| {
+            let exchange = |sequence| Announcement::of(&[0, 1], sequence);
+            let job = process.open(2, TIMEOUT);
+            let _first = job.enter(exchange(0), Boxes::noted(8));
+            // The second one is met by a mover that comes to it too late.
+            wait_while(|| !BEGUN.load(Ordering::Relaxed));
+            let _second = job.enter(exchange(1), Boxes::noted(16));
+            job.finish(vec![]).unwrap();
+            if process.rank() == 1 {
+                BUSY.store(false, Ordering::Relaxed);
+            }
+            let job = process.open(2, TIMEOUT);
+            let answer = job.enter(exchange(0), Boxes::noted(32));
+            job.wait(&answer, &exchange(0), soon()).unwrap();
+            job.finish(vec![]).unwrap();
+            assert!(process.shared.view().launches.is_empty(), "kept for ever");
+        });
+        let expected = ["joins [0]", "moves 8", "moves 16", "moves 32", "leaves"];
+        for ((), notes) in outcomes {
+            assert_eq!(notes, expected);
+        }
+    }
+
+    #[test]
+    fn an_exchange_is_ready_when_it_has_been_made_or_has_failed_and_not_before() {
+        // How many exchanges rank 0 has entered, and asked about.
+        let asked = AtomicU64::new(0);
+        run(2, makes, |process| {
+            let job = process.open(2, TIMEOUT);
+            let enter = |sequence| job.enter(Announcement::of(&[0, 1], sequence), Boxes::noted(8));
+            if process.rank() == 0 {
+                for (sequence, made) in [(0, true), (1, false)] {
+                    let answer = enter(sequence);
+                    let early = answer.is_ready();
+                    asked.store(sequence + 1, Ordering::Relaxed);
+                    wait_while(|| !answer.is_ready());
+                    assert!(!early, "of an exchange that rank 1 had not entered");
+                    assert_eq!(answer.outcome.try_recv().unwrap().is_ok(), made);
+                }
+            } else {
+                wait_while(|| asked.load(Ordering::Relaxed) < 1);
+                let _answer = enter(0);
+                wait_while(|| asked.load(Ordering::Relaxed) < 2);
+                job.fail(CommError::Failed {
+                    rank: 1,
+                    last: None,
+                    message: "no data".to_owned(),
+                });
+            }
+            job.finish(vec![]).unwrap_err()
+        });
+    }
+
+    #[test]
+    fn a_time_out_may_be_as_long_as_one_likes() {
+        run(2, makes, |process| {
+            let job = process.open(2, Duration::MAX);
+            if process.rank() == 1 {
+                // So that the other one's wait is told to the hub.
+                std::thread::sleep(2 * NOTICE);
+            }
+            let deadline = Instant::now() + LONGEST;
+            assert_eq!(
+                exchange_once(&job, Announcement::of(&[0, 1], 0), deadline),
+                None
+            );
+        });
     }
 
     #[test]

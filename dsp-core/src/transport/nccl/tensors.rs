@@ -206,6 +206,10 @@ struct NcclPending {
 }
 
 impl Pending for NcclPending {
+    fn is_ready(&self) -> bool {
+        self.answer.is_ready()
+    }
+
     fn wait(self: Box<Self>, deadline: Instant) -> Result<Arrival, CommError> {
         let start = Instant::now();
         let times = {
