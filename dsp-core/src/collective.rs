@@ -55,9 +55,9 @@ pub fn exchange(
     backward: Collective,
     group: &Group,
 ) -> Result<Tensor<DIMS>, CommError> {
-    let (view, shape) = (x.dims(), after.local_shape(group.rank()));
+    let view = x.dims();
     let kinds = (forward, backward, ALONE);
-    exchange_as(x, view, shape, (before, after), kinds, group)
+    exchange_as(x, view, |arrived| arrived, (before, after), kinds, group)
 }
 
 /// Which exchange of its collective one is: forward, and backward.
@@ -66,17 +66,18 @@ type Steps = (Step, Step);
 /// A collective of one exchange.
 const ALONE: Steps = (Step::First, Step::First);
 
-/// [`exchange`] of a tensor of any rank, seen as `view`; what arrives is seen as `shape`.
+/// [`exchange`] of a tensor of any rank, seen as `view`; `shape` says as what the block that arrives is seen.
 ///
 /// The views are taken outside of the graph and cost it no node.
 fn exchange_as<const D: usize>(
     x: Tensor<D>,
     view: [usize; DIMS],
-    shape: [usize; D],
+    shape: impl FnOnce([usize; DIMS]) -> [usize; D],
     (before, after): (Arc<Blocks>, Arc<Blocks>),
     (forward, backward, steps): (Collective, Collective, Steps),
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
+    group.check_ranks(forward, [before.ranks(), after.ranks()])?;
     let (dims, received) = (x.dims(), after.local_shape(group.rank()));
     let asked = group.next_sequence();
     let y = group.exchange(Request {
@@ -90,7 +91,8 @@ fn exchange_as<const D: usize>(
         answers: None,
     })?;
     let group = group.clone();
-    Ok(vjp::attach1(x, reshape(y, shape), move |gradient| {
+    let y = reshape(y, shape(received));
+    Ok(vjp::attach1(x, y, move |gradient| {
         let gradient = group.exchange(Request {
             collective: backward,
             phase: Phase::Backward,
@@ -128,8 +130,8 @@ pub fn tracking<const D: usize>(x: &Tensor<D>) -> Tracking {
 /// Nothing if the layouts are equal; else as [`crate::cost`] says.
 ///
 /// # Errors
-/// [`LayoutError::Lengths`] if the layouts are of different tensors, [`LayoutError::NoPath`] if no single
-/// collective leads there, [`CommError`] if a rank fails.
+/// [`LayoutError::Lengths`] if the layouts are of different tensors, [`LayoutError::GroupSize`] if one is not of the
+/// group's number of ranks, [`LayoutError::NoPath`] if no single collective leads there, [`CommError`] if a rank fails.
 pub fn relayout(x: Shard, to: &Layout, group: &Group) -> Result<Shard, Error> {
     let from = x.layout().clone();
     if from == *to {
@@ -179,6 +181,8 @@ impl Path {
             from: Box::new(from.clone()),
             to: Box::new(to.clone()),
         };
+        from.check_ranks(ranks)?;
+        to.check_ranks(ranks)?;
         Ok(match (from.value(), to.value()) {
             (Value::Complete, Value::Complete) if is_whole(from) => Self::Cut,
             (Value::Complete, Value::Complete) if from.replicas(ranks) != 1 => {
@@ -270,6 +274,7 @@ pub fn all_to_all<const D: usize>(
         from_dim, to_dim,
         "an all-to-all moves the split to another dim"
     );
+    group.check_ranks(Collective::AllToAll, [from.ranks(), to.ranks()])?;
     // The two dims, with what lies before, between and behind them: five dims, whatever D is.
     let (low, high) = (from_dim.min(to_dim), from_dim.max(to_dim));
     let dims = x.dims();
@@ -290,9 +295,11 @@ pub fn all_to_all<const D: usize>(
         .clone()
         .with_dim(position(from_dim), DimBlocks::split(from));
     let after = whole.with_dim(position(to_dim), DimBlocks::split(to));
-    let mut result = dims;
-    result[from_dim] = from.length();
-    result[to_dim] = to.count(group.rank());
+    let result = |arrived: [usize; DIMS]| {
+        let mut result = dims;
+        (result[low], result[high]) = (arrived[1], arrived[3]);
+        result
+    };
     let kinds = (Collective::AllToAll, Collective::AllToAll, ALONE);
     let blocks = (Arc::new(before), Arc::new(after));
     exchange_as(x, view, result, blocks, kinds, group)
@@ -316,15 +323,18 @@ pub fn all_reduce<const D: usize>(x: Tensor<D>, group: &Group) -> Result<Tensor<
     // Between the two exchanges each rank has a chunk of the elements, seen as one row.
     let own = partition.count(group.rank());
     let (row, chunk) = ([1, count, 1, 1, 1], [1, own, 1, 1, 1]);
-    let mut shape = [1; D];
-    shape[D - 1] = own;
+    let in_a_row = |_| {
+        let mut shape = [1; D];
+        shape[D - 1] = own;
+        shape
+    };
     let kind = Collective::AllReduce;
     let blocks = (whole.clone(), split.clone());
     // Backward, the second exchange's transpose comes first.
     let first = (kind, kind, (Step::First, Step::Further));
     let second = (kind, kind, (Step::Further, Step::First));
-    let sums = exchange_as(x, row, shape, blocks, first, group)?;
-    exchange_as(sums, chunk, dims, (split, whole), second, group)
+    let sums = exchange_as(x, row, in_a_row, blocks, first, group)?;
+    exchange_as(sums, chunk, |_| dims, (split, whole), second, group)
 }
 
 /// Sums untracked tensors over the ranks, outside of the forward and the backward pass.
@@ -498,8 +508,11 @@ fn along_dim<const D: usize>(
     kinds: (Collective, Collective),
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
-    let (view, mut shape) = (view(x.dims(), dim), x.dims());
-    shape[dim] = after.dim(1).count(group.rank());
-    let kinds = (kinds.0, kinds.1, ALONE);
-    exchange_as(x, view, shape, (before, after), kinds, group)
+    let (dims, kinds) = (x.dims(), (kinds.0, kinds.1, ALONE));
+    let result = |arrived: [usize; DIMS]| {
+        let mut result = dims;
+        result[dim] = arrived[1];
+        result
+    };
+    exchange_as(x, view(dims, dim), result, (before, after), kinds, group)
 }

@@ -109,6 +109,21 @@ pub enum CommError {
         /// The shape that it passed.
         got: [usize; DIMS],
     },
+    /// Blocks, or a partition, of another number of ranks than the group has.
+    #[error(
+        "rank {rank} called {collective} on blocks of {ranks} rank(s) in a group of {size}: every rank of the group, \
+         and no other, holds a block"
+    )]
+    Ranks {
+        /// The rank.
+        rank: usize,
+        /// What it called.
+        collective: Collective,
+        /// Over how many ranks its blocks are.
+        ranks: usize,
+        /// How many the group has.
+        size: usize,
+    },
     /// A collective that not every rank called before the deadline.
     #[error(
         "rank {rank} waited {} ms in {call}, and rank(s) {missing:?} did not call it before the deadline",

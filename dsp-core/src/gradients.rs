@@ -1,7 +1,7 @@
 //! The reduction of gradients after a backward pass: replicated parameters' are summed over the ranks, sharded
 //! ones' are whole already, and what several ranks hold is summed over those; replicas' are summed in any case.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
@@ -19,7 +19,7 @@ use crate::strategy::Placement;
 
 /// Sums those of the module's gradients over the group that belong to replicated and shared parameters.
 ///
-/// All go through one flat bucket and one all-reduce. A parameter that this rank did not use has no gradient
+/// All of one type of float go through one flat bucket and one all-reduce. A parameter that this rank did not use has no gradient
 /// here and enters with zeros; so do those parts of a shared parameter that the rank does not hold. The bucket's
 /// order is the module's, the same on every rank.
 ///
@@ -53,7 +53,6 @@ pub fn norm<M: Module>(
         gradients,
         placed,
         rank: group.rank(),
-        seen: HashSet::new(),
         sum: 0.0,
         like: None,
     };
@@ -98,7 +97,6 @@ pub fn whole<M: Module>(
         gradients: &mut gradients,
         placed,
         group,
-        seen: HashSet::new(),
         outcome: Ok(()),
     };
     placed.module.visit(&mut gather);
@@ -110,12 +108,11 @@ pub fn whole<M: Module>(
 pub fn reduced_parameters<M: Module>(placed: &Placed<M>) -> usize {
     struct Count<'a, M> {
         placed: &'a Placed<M>,
-        seen: HashSet<ParamId>,
         elements: usize,
     }
     impl<M> ModuleVisitor for Count<'_, M> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if !self.seen.insert(param.id) || !param.is_require_grad() {
+            if !param.is_require_grad() {
                 return;
             }
             self.elements += match self.placed.placement(param.id) {
@@ -130,7 +127,6 @@ pub fn reduced_parameters<M: Module>(placed: &Placed<M>) -> usize {
     }
     let mut count = Count {
         placed,
-        seen: HashSet::new(),
         elements: 0,
     };
     placed.module.visit(&mut count);
@@ -156,30 +152,32 @@ fn sum_in_bucket<M: Module>(
         gradients,
         placed,
         members,
-        seen: HashSet::new(),
         flat: Vec::new(),
     };
     placed.module.visit(&mut bucket);
-    let flat = bucket.flat;
-    if flat.is_empty() {
-        return Ok(());
+    let mut flat = bucket.flat;
+    while let Some((_, first)) = flat.first() {
+        let dtype = first.dtype();
+        let (alike, others) = (flat.into_iter()).partition(|(_, piece)| piece.dtype() == dtype);
+        let alike: Vec<(ParamId, Tensor<1>)> = alike;
+        flat = others;
+        let mut offset = 0;
+        let mut spans = HashMap::new();
+        for (id, piece) in &alike {
+            let length = piece.dims()[0];
+            spans.insert(*id, (offset, length));
+            offset += length;
+        }
+        let pieces = alike.into_iter().map(|(_, piece)| piece).collect();
+        let sums = all_reduce_in(Tensor::cat(pieces, 0), Phase::Gradients, group)?;
+        placed.module.visit(&mut Register {
+            sums,
+            spans,
+            placed,
+            members,
+            gradients,
+        });
     }
-    let mut offset = 0;
-    let mut spans = HashMap::new();
-    for (id, piece) in &flat {
-        let length = piece.dims()[0];
-        spans.insert(*id, (offset, length));
-        offset += length;
-    }
-    let pieces = flat.into_iter().map(|(_, piece)| piece).collect();
-    let sums = all_reduce_in(Tensor::cat(pieces, 0), Phase::Gradients, group)?;
-    placed.module.visit(&mut Register {
-        sums,
-        spans,
-        placed,
-        members,
-        gradients,
-    });
     Ok(())
 }
 
@@ -187,14 +185,12 @@ struct Collect<'a, M> {
     gradients: &'a mut GradientsParams,
     placed: &'a Placed<M>,
     members: Members,
-    seen: HashSet<ParamId>,
     flat: Vec<(ParamId, Tensor<1>)>,
 }
 
 impl<M> ModuleVisitor for Collect<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // A parameter that the module holds in two places has one gradient.
-        if !self.seen.insert(param.id) || !param.is_require_grad() {
+        if !param.is_require_grad() {
             return;
         }
         let placement = match self.members {
@@ -313,18 +309,17 @@ struct Squares<'a, M> {
     gradients: &'a GradientsParams,
     placed: &'a Placed<M>,
     rank: usize,
-    seen: HashSet<ParamId>,
     sum: f64,
     like: Option<(Device, DType)>,
 }
 
 impl<M> ModuleVisitor for Squares<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !self.seen.insert(param.id) || !param.is_require_grad() {
+        if !param.is_require_grad() {
             return;
         }
         let value = param.val().inner();
-        (self.like).get_or_insert_with(|| (value.device(), value.dtype()));
+        (self.like).get_or_insert_with(|| (value.device(), at_least_f32(value.dtype())));
         let Some(gradient) = self.gradients.get::<D>(param.id) else {
             return;
         };
@@ -337,8 +332,18 @@ impl<M> ModuleVisitor for Squares<'_, M> {
             None => return,
         };
         if own.shape().num_elements() > 0 {
+            // In 16 bits the square of 256 is infinite.
+            let dtype = at_least_f32(own.dtype());
+            let own = own.cast(dtype);
             self.sum += (own.clone() * own).sum().into_scalar::<f64>();
         }
+    }
+}
+
+fn at_least_f32(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
     }
 }
 
@@ -346,7 +351,6 @@ struct Gather<'a, M> {
     gradients: &'a mut GradientsParams,
     placed: &'a Placed<M>,
     group: &'a Group,
-    seen: HashSet<ParamId>,
     outcome: Result<(), CommError>,
 }
 
@@ -355,7 +359,7 @@ impl<M> ModuleVisitor for Gather<'_, M> {
         let Some(cut) = self.placed.cut(param.id) else {
             return;
         };
-        if !self.seen.insert(param.id) || !param.is_require_grad() || self.outcome.is_err() {
+        if !param.is_require_grad() || self.outcome.is_err() {
             return;
         }
         let part = self.gradients.remove::<D>(param.id).unwrap_or_else(|| {

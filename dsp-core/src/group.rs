@@ -97,13 +97,37 @@ impl Group {
         self.transport.next_sequence()
     }
 
+    /// Fails the group if blocks are those of another number of ranks than it has: some would go to nobody.
+    ///
+    /// # Errors
+    /// [`CommError::Ranks`]
+    pub(crate) fn check_ranks(
+        &self,
+        collective: Collective,
+        of_blocks: [usize; 2],
+    ) -> Result<(), CommError> {
+        let size = self.size();
+        let Some(&ranks) = of_blocks.iter().find(|&&ranks| ranks != size) else {
+            return Ok(());
+        };
+        let cause = CommError::Ranks {
+            rank: self.rank(),
+            collective,
+            ranks,
+            size,
+        };
+        self.abort(cause.clone());
+        Err(cause)
+    }
+
     /// Starts an exchange of untracked tensors; [`InFlight::wait`] ends it.
     ///
     /// `before` says who holds what of the global tensor now and `after` who shall hold what; terms from
     /// several ranks are summed in rank order. All ranks must pass the same.
     ///
     /// # Errors
-    /// [`CommError`] as [`Transport::start`] says.
+    /// [`CommError::Ranks`] if they speak of another number of ranks than the group has, else [`CommError`] as
+    /// [`Transport::start`] says.
     pub fn start(&self, request: Request) -> Result<InFlight, CommError> {
         let Request {
             collective,
@@ -115,6 +139,7 @@ impl Group {
             step,
             answers,
         } = request;
+        self.check_ranks(collective, [before.ranks(), after.ranks()])?;
         let rank = self.rank();
         let sent = (0..self.size())
             .filter(|&peer| peer != rank)

@@ -104,6 +104,8 @@ pub struct Launch {
     engine: Engine,
 }
 
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
+
 impl Launch {
     /// `ranks` ranks, threads that share the machine's cores, at least one each, and wait a minute for each
     /// other.
@@ -127,10 +129,11 @@ impl Launch {
         self
     }
 
-    /// How long a collective waits for the other ranks, and the launch for the last ones.
+    /// How long a collective waits for the other ranks, and the launch for the last ones: a year at most.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        // What is added to the clock must not leave its range.
+        self.timeout = timeout.min(LONGEST_TIMEOUT);
         self
     }
 

@@ -207,11 +207,14 @@ pub enum LayoutError {
     },
     /// A table that has a row neither for each position of an axis nor for each that the rank holds.
     #[error(
-        "a table of {rows} rows was given for {axis}: it needs at least {length}, or the {held} that rank {rank} holds"
+        "{rows} rows of a table of {whole} were given for {axis}: the table needs at least {length}, and of them rank \
+         {rank} all, or, of {length}, the {held} of its positions"
     )]
     Table {
-        /// The table's rows.
+        /// The rows that were given.
         rows: usize,
+        /// The rows of the model's table.
+        whole: usize,
         /// The axis.
         axis: SeqAxis,
         /// Its global length.
@@ -220,6 +223,19 @@ pub enum LayoutError {
         held: usize,
         /// The rank.
         rank: usize,
+    },
+    /// An axis that is split over ranks of which a group does not consist.
+    #[error(
+        "{axis} is split over {} ranks that stand {} apart, and a group of {ranks} rank(s) does not consist of such",
+        over.size, over.stride
+    )]
+    GroupSize {
+        /// The axis.
+        axis: SeqAxis,
+        /// The mesh axis that it is split over.
+        over: MeshAxis,
+        /// The group's ranks.
+        ranks: usize,
     },
     /// A change of layout for which there is no single collective.
     #[error("no collective leads from {from} to {to}")]
@@ -412,6 +428,21 @@ impl Layout {
         ])
     }
 
+    /// Holds every split to a group of `ranks`: its blocks must all be there, each as often.
+    ///
+    /// # Errors
+    /// [`LayoutError::GroupSize`]
+    pub fn check_ranks(&self, ranks: usize) -> Result<(), LayoutError> {
+        for axis in SeqAxis::ALL {
+            if let &AxisLayout::Split { over, .. } = self.axis(axis)
+                && !ranks.is_multiple_of(over.stride * over.size)
+            {
+                return Err(LayoutError::GroupSize { axis, over, ranks });
+            }
+        }
+        Ok(())
+    }
+
     /// How many ranks of a group of `ranks` hold each element: 1 if the splits use every mesh axis.
     pub fn replicas(&self, ranks: usize) -> usize {
         let mut over: Vec<MeshAxis> = Vec::new();
@@ -533,22 +564,28 @@ impl Shard {
     /// # Shapes
     /// - `table`: `[rows, channels]`, a row for each position (more are ignored); or this rank's rows already, as
     ///   a strategy leaves them that shards tables ([`Role::Table`](crate::strategy::Role))
+    /// - `whole`: the rows of the model's own table, by which the one is told from the other
     /// - returns: `[positions held, channels]`
     ///
     /// # Errors
-    /// [`LayoutError::Table`] if the table has neither.
+    /// [`LayoutError::Table`] if the model's table is too short for the axis, or this one is neither it nor the
+    /// rank's rows of it.
     pub fn rows_of<const D: usize>(
         &self,
         table: Tensor<D>,
+        whole: usize,
         axis: SeqAxis,
     ) -> Result<Tensor<D>, LayoutError> {
         let (rows, length) = (table.dims()[0], self.layout.length(axis));
         let held = self.layout.local_lengths(self.rank)[axis.index()];
         match rows {
-            _ if rows >= length => Ok(select_ranges(table, 0, &self.positions(axis))),
-            _ if rows == held => Ok(table),
+            _ if rows == whole && whole >= length => {
+                Ok(select_ranges(table, 0, &self.positions(axis)))
+            }
+            _ if rows == held && whole == length => Ok(table),
             _ => Err(LayoutError::Table {
                 rows,
+                whole,
                 axis,
                 length,
                 held,

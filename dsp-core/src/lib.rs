@@ -55,6 +55,7 @@ mod simd;
 pub mod strategy;
 pub mod transport;
 pub mod vjp;
+mod watch;
 
 pub use attention::{Heads, Mask};
 pub use ending::Ending;

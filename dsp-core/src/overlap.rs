@@ -21,7 +21,7 @@
 //!
 //! Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", arXiv:2006.15704.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,6 +35,7 @@ use crate::cost;
 use crate::error::{CommError, Tracking};
 use crate::gradients::{Fit, Members};
 use crate::group::{Group, InFlight, Request, Step};
+use crate::layout::select_ranges;
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
 use crate::place::Placed;
@@ -163,10 +164,9 @@ enum Over {
     Replicas,
 }
 
-/// Lists a module's trainable parameters, each once.
+/// Lists a module's trainable parameters.
 struct Planning<'a, M> {
     placed: &'a Placed<M>,
-    seen: HashSet<ParamId>,
     entries: Vec<Summed>,
 }
 
@@ -174,7 +174,6 @@ impl<'a, M> Planning<'a, M> {
     fn new(placed: &'a Placed<M>) -> Self {
         Self {
             placed,
-            seen: HashSet::new(),
             entries: Vec::new(),
         }
     }
@@ -182,7 +181,7 @@ impl<'a, M> Planning<'a, M> {
 
 impl<M> ModuleVisitor for Planning<'_, M> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !self.seen.insert(param.id) || !param.is_require_grad() {
+        if !param.is_require_grad() {
             return;
         }
         let over = match self.placed.placement(param.id) {
@@ -377,7 +376,8 @@ impl Flow {
             return None;
         };
         let start: usize = slots[..slot].iter().map(|slot| slot.elements).sum();
-        Some(sums.clone().narrow(0, start, slots[slot].elements))
+        let own = start..start + slots[slot].elements;
+        Some(select_ranges(sums.clone(), 0, std::slice::from_ref(&own)))
     }
 }
 

@@ -63,6 +63,10 @@ impl<M> Placed<M> {
 
 /// A module cut by what `placements` gives for each parameter's path and shape: a placement a rank. See
 /// [`crate::Session::place`].
+///
+/// # Panics
+/// If the module holds a parameter in two places: each would be a leaf of its own here, with a part of the gradient.
+/// Use one `Param` in both.
 pub fn place<M: Module>(
     module: &M,
     placements: impl Fn(&str, &[usize]) -> Vec<Placement>,
@@ -74,6 +78,7 @@ pub fn place<M: Module>(
         placements,
         rank,
         cuts: HashMap::new(),
+        paths: HashMap::new(),
     };
     // `valid` leaves any graph behind, `fork` moves the values, `train` makes those leaves of this rank that
     // were trainable. Without autodiff on the device there is nothing to train.
@@ -103,6 +108,8 @@ struct Cutter<F> {
     placements: F,
     rank: usize,
     cuts: HashMap<ParamId, Cut>,
+    /// Where each parameter was met.
+    paths: HashMap<ParamId, String>,
 }
 
 impl<F: Fn(&str, &[usize]) -> Vec<Placement>> ModuleMapper for Cutter<F> {
@@ -116,7 +123,14 @@ impl<F: Fn(&str, &[usize]) -> Vec<Placement>> ModuleMapper for Cutter<F> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let shape = param.lazy_shape().as_slice().to_vec();
-        let placements = (self.placements)(&self.path.join("."), &shape);
+        let path = self.path.join(".");
+        let placements = (self.placements)(&path, &shape);
+        if let Some(other) = self.paths.insert(param.id, path.clone()) {
+            panic!(
+                "the module holds one parameter in two places, {other:?} and {path:?}, where it would get two \
+                 gradients: hold it once and use it twice"
+            );
+        }
         let (dim, ranges) = match &placements[self.rank] {
             Placement::Replicated => return param,
             Placement::Sharded { dim, ranges } | Placement::Shared { dim, ranges } => {

@@ -11,7 +11,6 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
-use serde::{Deserialize, Serialize};
 
 use crate::attention::{self, Attended, Dropout, HeadRange, Heads, Logsumexp};
 use crate::blocks::DIMS;
@@ -30,7 +29,8 @@ use crate::strategy::{
     AttentionScope, AttentionStage, ModelShape, Parameter, Part, Plan, PlanError, Role, Scope,
     SequenceParallel, StageKind,
 };
-use crate::vjp;
+use crate::watch::Lookout;
+pub use crate::watch::Watch;
 
 /// A model that does not walk through the stages it declared.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,18 +103,6 @@ pub struct Session {
     watch: Watch,
     /// In how many parts a switch goes that follows a sub-layer's end.
     switch_parts: NonZeroUsize,
-}
-
-/// What a session looks at, beside the layouts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Watch {
-    /// Nothing.
-    #[default]
-    Nothing,
-    /// Whether everything that a verb takes is finite, its gradient too, before it is sent anywhere: the first
-    /// rank and stage that have a NaN or an infinity are then named. Reads all activations once more each way.
-    Finite,
 }
 
 impl Session {
@@ -216,6 +204,9 @@ impl Session {
     ///
     /// `roles` gives the [`Role`] of the parameter at a path such as `blocks.0.attn.qkv.weight`, or the
     /// [`Part`] with its stage.
+    ///
+    /// # Panics
+    /// If the module holds a parameter in two places: see [`place`](place::place).
     pub fn place<M: Module, P: Into<Part>>(
         &self,
         module: &M,
@@ -397,11 +388,6 @@ impl Session {
     }
 }
 
-fn all_finite(x: &Tensor<DIMS>) -> bool {
-    // No tensor without elements has one that is not; Burn has no `all` of none.
-    x.shape().num_elements() == 0 || x.clone().is_finite().all().into_scalar::<bool>()
-}
-
 /// A forward pass under way: hands the model its stages one after the other.
 #[derive(Debug)]
 pub struct Stages<'a> {
@@ -480,7 +466,15 @@ impl<'a> Stages<'a> {
             }
             .into());
         }
-        relayout(x, &self.session.plan.output, &self.session.group)
+        let Session { model, plan, .. } = self.session;
+        let lookout = Lookout {
+            watch: self.session.watch,
+            group: &self.session.group,
+            stage: model.stages.last().map_or("output", |stage| &stage.name),
+            verb: "finish",
+        };
+        lookout.takes(&x)?;
+        lookout.gives(relayout(x, &plan.output, &self.session.group)?)
     }
 }
 
@@ -510,28 +504,14 @@ impl<'a> StageRun<'a> {
         }
     }
 
-    /// `x` for a verb; with what a session watches for.
-    fn watched(&self, verb: &'static str, x: Shard) -> Result<Shard, Error> {
-        if self.session.watch == Watch::Nothing {
-            return Ok(x);
+    /// A look at what a verb takes, and back.
+    fn lookout(&self, verb: &'static str) -> Lookout<'a> {
+        Lookout {
+            watch: self.session.watch,
+            group: &self.session.group,
+            stage: &self.scope().stage.name,
+            verb,
         }
-        let (group, stage) = (self.session.group.clone(), self.scope().stage.name.clone());
-        let check = move |x: Tensor<DIMS>, pass| {
-            if all_finite(&x) {
-                return Ok(x);
-            }
-            let cause = CommError::NotFinite {
-                rank: group.rank(),
-                stage: stage.clone(),
-                verb: verb.into(),
-                pass,
-            };
-            group.abort(cause.clone());
-            Err(cause)
-        };
-        let output = check(x.tensor().clone().inner(), Phase::Forward)?;
-        let back = move |gradient| check(gradient, Phase::Backward);
-        Ok(x.map(|x| vjp::attach1(x, output, back))?)
     }
 
     fn expect(place: &'static str, expected: &Layout, x: Shard) -> Result<Shard, LayoutError> {
@@ -552,9 +532,10 @@ impl<'a> StageRun<'a> {
     pub fn arrange(&self, x: Shard) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("arrange", stage = %scope.stage.name).entered();
-        let x = self.watched("arrange", x)?;
+        let lookout = self.lookout("arrange");
+        lookout.takes(&x)?;
         let x = self.session.strategy.arrange(x, &scope)?;
-        Ok(Self::expect("arrange", &scope.plan.residual, x)?)
+        lookout.gives(Self::expect("arrange", &scope.plan.residual, x)?)
     }
 
     /// [`SequenceParallel::enter`].
@@ -564,10 +545,11 @@ impl<'a> StageRun<'a> {
     pub fn enter(&self, x: Shard) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("enter", stage = %scope.stage.name).entered();
-        let x = self.watched("enter", x)?;
+        let lookout = self.lookout("enter");
+        lookout.takes(&x)?;
         let x = Self::expect("enter", &scope.plan.residual, x)?;
         let x = self.session.strategy.enter(x, &scope)?;
-        Ok(Self::expect("enter", &scope.plan.inner, x)?)
+        lookout.gives(Self::expect("enter", &scope.plan.inner, x)?)
     }
 
     /// [`SequenceParallel::attend`]: the output alone.
@@ -594,9 +576,9 @@ impl<'a> StageRun<'a> {
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
         attention::check_dropout(&attention.form, dropout)?;
-        let [query, key, value] = qkv.map(|x| self.watched("attend", x));
-        let qkv = [query?, key?, value?];
-        self.session.strategy.attend(
+        let lookout = self.lookout("attend");
+        qkv.iter().try_for_each(|x| lookout.takes(x))?;
+        let attended = self.session.strategy.attend(
             qkv,
             &AttentionScope {
                 scope,
@@ -605,7 +587,11 @@ impl<'a> StageRun<'a> {
                 logsumexp,
                 dropout,
             },
-        )
+        )?;
+        Ok(Attended {
+            output: lookout.gives(attended.output)?,
+            ..attended
+        })
     }
 
     /// [`SequenceParallel::join`]: how a sub-layer goes on that was declared to need all heads
@@ -618,6 +604,8 @@ impl<'a> StageRun<'a> {
         let _span = tracing::info_span!("join", stage = %scope.stage.name).entered();
         let attention = self.self_attention()?;
         let heads = self.held_heads(attention.heads);
+        let lookout = self.lookout("join");
+        lookout.takes(&x)?;
         let x = self.session.strategy.join(
             x,
             &AttentionScope {
@@ -628,7 +616,7 @@ impl<'a> StageRun<'a> {
                 dropout: None,
             },
         )?;
-        Ok(Self::expect("join", &scope.plan.residual, x)?)
+        lookout.gives(Self::expect("join", &scope.plan.residual, x)?)
     }
 
     fn self_attention(&self) -> Result<&'a AttentionStage, StageError> {
@@ -690,9 +678,10 @@ impl<'a> StageRun<'a> {
             }
             .into());
         }
-        let x = self.watched("leave", x)?;
+        let lookout = self.lookout("leave");
+        lookout.takes(&x)?;
         let x = self.session.strategy.leave(x, bias, &scope)?;
-        Ok(Self::expect("leave", &scope.plan.residual, x)?)
+        lookout.gives(Self::expect("leave", &scope.plan.residual, x)?)
     }
 
     /// [`leave`](Self::leave) through a sub-layer's last projection, whose bias is added once, after any

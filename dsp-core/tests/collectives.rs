@@ -997,6 +997,67 @@ fn a_subgroup_without_its_caller_with_a_repeated_or_with_an_unknown_rank_is_refu
     .unwrap();
 }
 
+/// Blocks of ranks that are not there would be zeros, and ranks without a block nobody's.
+#[test]
+fn blocks_of_another_number_of_ranks_than_the_group_has_are_refused_on_every_rank() {
+    for (ranks, of_blocks) in [(1, 2), (2, 4), (2, 1), (3, 2), (4, 5)] {
+        type Call = fn(&Partition, &Group) -> Result<(), CommError>;
+        let gather: Call = |own, group| {
+            let x = Tensor::<2>::zeros([2, 2], &Device::flex());
+            collective::all_gather(x, 1, own, group).map(|_| ())
+        };
+        let scatter: Call = |own, group| {
+            let x = Tensor::<2>::zeros([2, 8], &Device::flex());
+            collective::reduce_scatter(x, 1, own, group).map(|_| ())
+        };
+        let switch: Call = |own, group| {
+            let right = Partition::balanced(8, group.size());
+            let x = Tensor::<2>::zeros([8, 8 / group.size()], &Device::flex());
+            collective::all_to_all(x, (1, &right), (0, own), group).map(|_| ())
+        };
+        let shift: Call = |own, group| {
+            let x = Tensor::<2>::zeros([2, 2], &Device::flex());
+            collective::ring_shift(x, 1, own, 1, group).map(|_| ())
+        };
+        for call in [gather, scatter, switch, shift] {
+            let error = launch(ranks, move |group| {
+                call(&Partition::balanced(8, of_blocks), &group)
+            });
+            let CommError::Ranks {
+                ranks: named, size, ..
+            } = error.unwrap_err().root
+            else {
+                panic!("{ranks} ranks, blocks of {of_blocks}");
+            };
+            assert_eq!((named, size), (of_blocks, ranks));
+        }
+    }
+}
+
+#[test]
+fn a_layout_over_ranks_of_which_the_group_does_not_consist_leads_nowhere() {
+    let first = SeqAxis::FIRST;
+    let over = |stride, size| {
+        let partition = Partition::balanced(6, size);
+        Layout::whole([6, 1, 1]).with_split(first, partition, MeshAxis { stride, size })
+    };
+    for (ranks, over) in [(3, over(1, 2)), (2, over(2, 2)), (4, over(4, 2))] {
+        let layout = over.unwrap();
+        launch(ranks, move |group| -> Result<(), Error> {
+            let held = layout.local_lengths(group.rank())[0];
+            let x = Tensor::zeros([1, held, 1, 1, 1], &Device::flex());
+            let x = Shard::new(x, layout.clone(), group.rank())?;
+            let error = relayout(x, &Layout::whole([6, 1, 1]), &group).unwrap_err();
+            assert!(
+                matches!(error, Error::Layout(LayoutError::GroupSize { axis, .. }) if axis == first),
+                "{error}"
+            );
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
 #[test]
 fn a_senders_later_changes_in_place_do_not_reach_its_peers() {
     let barrier = Arc::new(Barrier::new(2));
@@ -1067,7 +1128,8 @@ fn half_precision_moves_bit_for_bit_and_sums_in_rank_order() {
                 let gathered = collective::all_gather(own, 1, &partition, &group)?;
                 let sum =
                     collective::all_reduce(gathered.clone() * (1.0 + group.rank() as f64), &group)?;
-                Ok((Held(gathered), Held(sum)))
+                let part = collective::reduce_scatter(gathered.clone(), 1, &partition, &group)?;
+                Ok((Held(gathered), Held(sum), Held(part)))
             })
             .unwrap();
             let partition = Partition::zigzag(7, ranks);
@@ -1079,10 +1141,12 @@ fn half_precision_moves_bit_for_bit_and_sums_in_rank_order() {
                 .map(|rank| whole.clone() * (1.0 + rank as f64))
                 .collect();
             let sum = reference::sum(&terms);
-            for (Held(gathered), Held(summed)) in &seen {
+            let parts = reference::reduce_scatter(&vec![whole.clone(); ranks], 1, &partition);
+            for ((Held(gathered), Held(summed), Held(part)), own) in seen.iter().zip(&parts) {
                 assert_eq!(gathered.dtype(), dtype);
                 assert_eq!(bits(gathered), bits(whole));
                 assert_eq!(bits(summed), bits(&sum));
+                assert_eq!(bits(part), bits(own));
             }
         }
     }

@@ -463,6 +463,52 @@ fn ranks_that_walk_their_branches_back_in_different_orders_are_a_mismatch_and_no
     assert_ne!(call.answers, other_call.answers);
 }
 
+/// Rank 2 waits for rank 0, which waits in a group of its own for rank 1, which sleeps.
+#[test]
+fn of_ranks_that_wait_for_one_another_the_last_one_is_named() {
+    let failure = failing(3, |group| {
+        let pair = (group.rank() < 2)
+            .then(|| group.subgroup(&[0, 1]))
+            .transpose()?;
+        match (group.rank(), pair) {
+            (0, Some(pair)) => {
+                // Rank 2's time is over first.
+                std::thread::sleep(DEADLINE / 4);
+                collective::all_reduce(input(group, &Device::flex()), &pair)?;
+            }
+            (1, _) => std::thread::sleep(2 * DEADLINE),
+            _ => {}
+        }
+        collective::all_reduce(input(group, &Device::flex()), group)?;
+        Ok(())
+    });
+    let CommError::Unanswered {
+        rank: 0,
+        missing,
+        waited,
+        ..
+    } = &failure.launch.root
+    else {
+        panic!("{}", failure.launch.root);
+    };
+    assert_eq!(missing, &[1]);
+    assert!(
+        *waited > DEADLINE / 4,
+        "until it was named, not until it woke up last: {waited:?}"
+    );
+}
+
+#[test]
+fn the_longest_timeout_is_a_timeout() {
+    let sums = Launch::new(2)
+        .timeout(Duration::MAX)
+        .on(&engine(2))
+        .run_shared(|group: Group| {
+            collective::all_reduce(input(&group, &Device::flex()), &group).map(|x| values(&x))
+        });
+    assert_eq!(sums.unwrap().len(), 2);
+}
+
 #[test]
 fn a_rank_with_another_partition_of_the_same_length_is_found() {
     for ranks in 2..=5 {

@@ -7,6 +7,7 @@ mod common;
 use std::sync::{Arc, Barrier};
 
 use burn::module::{Module, Param};
+use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
 use dsp_core::gradients::reduced_parameters;
@@ -14,11 +15,12 @@ use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::{StageError, Watch};
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Parameter, Placement, Role, StageKind, StagePlan, Units, add_bias,
+    AttentionStage, OutputLayout, Parameter, Placement, Role, Scope, StageKind, StagePlan, Units,
+    add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
-    SequenceParallel, Session, Shard, Stage, launch,
+    SequenceParallel, Session, Shard, Stage, collective, launch,
 };
 
 /// The first axis stays split; columns and rows are sharded by their units.
@@ -294,6 +296,115 @@ fn a_session_that_watches_names_the_first_rank_and_stage_with_a_nan_forward_and_
             pass,
         };
         assert_eq!(error.root, expected);
+    }
+}
+
+/// Sums what the ranks give where a sub-layer ends, and so gives back a sum of the gradients where it began.
+#[derive(Debug)]
+struct Summing;
+
+impl SequenceParallel for Summing {
+    fn name(&self) -> &'static str {
+        "summing"
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
+    }
+
+    fn enter(&self, x: Shard, scope: &Scope<'_>) -> Result<Shard, Error> {
+        let (layout, rank) = (x.layout().clone(), x.rank());
+        let sum = collective::all_reduce(x.into_tensor(), scope.group)?;
+        Ok(Shard::new(sum, layout, rank)?)
+    }
+}
+
+/// An all-reduce hands one rank's infinite gradient to all: named is the rank where it arose.
+#[test]
+fn a_session_that_watches_looks_at_a_gradient_before_a_verb_sends_it() {
+    let error = launch(3, move |group| -> Result<(), Error> {
+        let session = Session::new(Arc::new(Summing), group.clone(), model())?;
+        let session = session.watching(Watch::Finite);
+        let x = Tensor::<5>::ones([1, 3, 2, 1, 2], &Device::flex().autodiff()).require_grad();
+        let stage = session.stages().attention()?;
+        let h = stage
+            .enter(stage.arrange(session.split(x)?)?)?
+            .into_tensor();
+        let bad = [1.0, f64::INFINITY, 1.0][group.rank()];
+        session.backward(Loss::OfShard(h.mul_scalar(bad).sum()))?;
+        Ok(())
+    })
+    .unwrap_err();
+    let CommError::NotFinite {
+        rank: 1,
+        verb,
+        pass: Phase::Backward,
+        ..
+    } = error.root
+    else {
+        panic!("{error}");
+    };
+    assert_eq!(verb, "enter");
+}
+
+#[test]
+#[should_panic(expected = "one parameter in two places, \"first\" and \"second\"")]
+fn a_parameter_in_two_places_of_a_module_is_refused() {
+    #[derive(Module, Debug)]
+    struct Tied {
+        first: Param<Tensor<2>>,
+        second: Param<Tensor<2>>,
+    }
+    let first = Param::from_tensor(random([2, 3], 1, DType::F32));
+    let second = first.clone();
+    let tied = Tied { first, second };
+    session(&Group::alone()).place(&tied, |_| Role::Replicated, &Device::flex());
+}
+
+/// f16 ends at 65504: the square of 300 is more.
+#[test]
+fn gradients_of_several_types_are_summed_and_their_norm_is_not_that_of_16_bits() {
+    #[derive(Module, Debug)]
+    struct Mixed {
+        half: Param<Tensor<1>>,
+        full: Param<Tensor<1>>,
+    }
+    let full = Param::from_tensor(random([4], 1, DType::F32));
+    let half = Param::from_tensor(random([2], 2, DType::F16));
+    let mixed = Mixed { half, full };
+    let norms = launch(2, move |group| -> Result<_, Error> {
+        let session = session(&group);
+        let device = Device::flex().autodiff();
+        let placed = session.place(&mixed, |_| Role::Replicated, &device);
+        let mut gradients = GradientsParams::new();
+        let ones = |count, dtype| Tensor::<1>::ones([count], (&Device::flex(), dtype));
+        let Mixed { half, full } = &placed.module;
+        gradients.register(half.id, ones(2, DType::F16).mul_scalar(150.0));
+        gradients.register(full.id, ones(4, DType::F32).mul_scalar(2.0));
+        let gradients = session.reduce_collected(gradients, &placed)?;
+        let sums = gradients.get::<1>(full.id).map(|x| values(&x));
+        assert_eq!(sums, Some(vec![4.0; 4]));
+        assert_eq!(
+            gradients.get::<1>(half.id).map(|x| x.dtype()),
+            Some(DType::F16)
+        );
+        session
+            .gradient_norm(&gradients, &placed)
+            .map_err(Error::from)
+    })
+    .unwrap();
+    let expected = (2.0 * 300.0f64.powi(2) + 4.0 * 16.0).sqrt();
+    for norm in norms {
+        assert!(
+            (norm - expected).abs() < 1e-4 * expected,
+            "{norm} {expected}"
+        );
     }
 }
 
@@ -589,16 +700,31 @@ fn a_tables_rows_are_those_of_the_ranks_positions_whether_it_holds_all_or_its_ow
     let rows = |start: usize, count: usize| values(&table.clone().narrow(0, start, count));
     let first = SeqAxis::FIRST;
     assert_eq!(
-        values(&x(1).rows_of(table.clone(), first).unwrap()),
+        values(&x(1).rows_of(table.clone(), 7, first).unwrap()),
         rows(2, 3)
     );
     let own = table.clone().narrow(0, 2, 3);
-    assert_eq!(values(&x(1).rows_of(own, first).unwrap()), rows(2, 3));
+    assert_eq!(values(&x(1).rows_of(own, 5, first).unwrap()), rows(2, 3));
+    // Too short for the sequence, though it happens to have as many rows as the rank has positions.
+    let short = table.clone().narrow(0, 0, 3);
+    let error = x(1).rows_of(short, 3, first).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LayoutError::Table {
+                rows: 3,
+                whole: 3,
+                ..
+            }
+        ),
+        "{error}"
+    );
     let error = x(1)
-        .rows_of(table.clone().narrow(0, 0, 4), first)
+        .rows_of(table.clone().narrow(0, 0, 4), 7, first)
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "a table of 4 rows was given for sequence axis 0: it needs at least 5, or the 3 that rank 1 holds"
+        "4 rows of a table of 7 were given for sequence axis 0: the table needs at least 5, and of them rank 1 all, or, \
+         of 5, the 3 of its positions"
     );
 }

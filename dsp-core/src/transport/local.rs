@@ -42,15 +42,20 @@ struct State {
 impl State {
     /// The error of `rank`'s wait, or of the one that it leads to.
     fn unanswered(&self, rank: usize) -> Option<CommError> {
-        let waits: Vec<Option<Wait>> = self.ranks.iter().map(|rank| rank.waits.clone()).collect();
-        waits::unanswered(&waits, rank)
+        let until_now = |(wait, since): &(Wait, Instant)| Wait {
+            waited: since.elapsed(),
+            ..wait.clone()
+        };
+        let waits = (self.ranks.iter()).map(|rank| rank.waits.as_ref().map(until_now));
+        waits::unanswered(&waits.collect::<Vec<_>>(), rank)
     }
 }
 
 #[derive(Debug, Clone, Default)]
 struct RankState {
     last: Option<Call>,
-    waits: Option<Wait>,
+    /// What it waits for, and since when.
+    waits: Option<(Wait, Instant)>,
     ended: bool,
 }
 
@@ -363,11 +368,12 @@ impl LocalPending {
                 call: self.call.clone(),
                 ended,
             });
-            state.ranks[rank].waits = Some(Wait {
+            let wait = Wait {
                 call: self.call.clone(),
                 missing,
                 waited: start.elapsed(),
-            });
+            };
+            state.ranks[rank].waits = Some((wait, start));
             let error = ended.or_else(|| {
                 let over = Instant::now() >= deadline;
                 over.then(|| state.unanswered(rank)).flatten()

@@ -93,6 +93,8 @@ impl Block {
 pub struct Vit {
     /// `[1, 1, C]`.
     pub cls_token: Param<Tensor<3>>,
+    /// The class token and the patches of an image.
+    pub tokens: usize,
     /// `[1, tokens, C]`, or a rank's own rows of it.
     pub pos_embed: Param<Tensor<3>>,
     /// The embedding of patches.
@@ -148,6 +150,7 @@ impl VitConfig {
         }
         Ok(Vit {
             cls_token,
+            tokens: self.tokens(),
             pos_embed,
             patch_embed: PatchEmbed { proj },
             blocks,
@@ -236,7 +239,7 @@ impl Vit {
             let [_, rows, hidden] = table.dims();
             reshape(table, [rows, hidden])
         };
-        let table = x.rows_of(table, PATCHES)?;
+        let table = x.rows_of(table, self.tokens, PATCHES)?;
         let weight = reshape(weight, [hidden, size]).transpose();
         Ok(x.map(|x| {
             let x = affine(x, weight, Some(self.patch_embed.proj.bias.val())) * is_patch;

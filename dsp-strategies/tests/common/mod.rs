@@ -296,7 +296,7 @@ impl Model {
         x: Shard,
         (text, text_lengths): (&Tensor<3>, Arc<[usize]>),
     ) -> Result<Shard, Error> {
-        let table = x.rows_of(self.table.val(), SeqAxis::FIRST)?;
+        let table = x.rows_of(self.table.val(), case.lengths[0], SeqAxis::FIRST)?;
         let count = table.dims()[0];
         let mut x = x.map(|x| x + reshape(table, [1, count, 1, 1, HIDDEN]))?;
         let mut stages = session.stages();

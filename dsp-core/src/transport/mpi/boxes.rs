@@ -20,7 +20,9 @@ pub(super) fn pack(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
                 let values = tensor.clone().slice(transfer.source.ranges());
                 crate::shape::reshape(values, [transfer.source.elements()])
             });
-            Tensor::cat(flat.collect(), 0)
+            // A single box may be a view as yet.
+            let packed = Tensor::<1>::cat(flat.collect(), 0);
+            Tensor::from_data(packed.to_data(), (&tensor.device(), tensor.dtype()))
         }
     }
 }
