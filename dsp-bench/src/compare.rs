@@ -149,7 +149,11 @@ impl Comparer {
     /// [`CompareError`] if serial fails; any other case's failure is its row.
     pub fn run(&self, progress: &Progress, meter: &dyn Meter) -> Result<Comparison, CompareError> {
         let started = Instant::now();
-        let mut comparison = Comparison::begin(self.scenario.clone(), &self.devices.to_string());
+        let mut comparison = Comparison::begin(
+            self.scenario.clone(),
+            &self.devices.to_string(),
+            &self.engine,
+        );
         let mut reference = None;
         for (index, case) in self.cases.iter().enumerate() {
             let name = case.name.as_str();

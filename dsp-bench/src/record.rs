@@ -2,6 +2,7 @@
 //!
 //! Everything here can be written as JSON and read again. Units stand in the names.
 
+use dsp_core::Engine;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::scenario::Scenario;
@@ -31,7 +32,7 @@ pub struct Comparison {
 /// Where a comparison ran.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Cores that the process may use.
+    /// Cores that all ranks may use together.
     pub cores: usize,
     /// The processor's name, where the system tells.
     pub cpu: Option<String>,
@@ -48,7 +49,7 @@ pub struct Row {
     pub strategy: String,
     /// Ranks, each a thread with its own compute pool.
     pub ranks: usize,
-    /// Whether there are more ranks than cores: such times are not speed-ups.
+    /// Whether the ranks have more compute threads than there are cores: such times are not speed-ups.
     pub oversubscribed: bool,
     /// How it ended.
     pub outcome: Outcome,
@@ -204,7 +205,7 @@ pub struct Memory {
 
 impl Comparison {
     /// A comparison on this machine that begins now and has no rows yet.
-    pub fn begin(scenario: Scenario, backend: &str) -> Self {
+    pub fn begin(scenario: Scenario, backend: &str, engine: &Engine) -> Self {
         let started_unix_seconds = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
@@ -212,7 +213,7 @@ impl Comparison {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started_unix_seconds,
             elapsed_seconds: 0.0,
-            machine: Machine::this(),
+            machine: Machine::under(engine),
             backend: backend.to_owned(),
             scenario,
             rows: Vec::new(),
@@ -224,7 +225,8 @@ impl Comparison {
         self.rows.push(Row {
             strategy: strategy.to_owned(),
             ranks,
-            oversubscribed: ranks > self.machine.cores,
+            oversubscribed: ranks * self.scenario.threads_per_rank.unwrap_or(1)
+                > self.machine.cores,
             outcome,
         });
     }
@@ -336,7 +338,7 @@ impl Comparison {
                     format!("{:.1}× more", sent as f64 / other as f64)
                 };
                 format!(
-                    "{} sends {} a rank where {} sends {} ({ratio}), and takes {} against {} on {ranks} {}",
+                    "{} sends {} of activations a rank where {} sends {} ({ratio}), and takes {} against {} on {ranks} {}",
                     label(&first.strategy),
                     bytes(sent),
                     label(&second.strategy),
@@ -380,8 +382,8 @@ impl Row {
 }
 
 impl Machine {
-    /// This machine, as far as its system tells without a library.
-    pub fn this() -> Self {
+    /// This machine, as far as its system tells without a library, with the cores of all on which ranks are.
+    pub fn under(engine: &Engine) -> Self {
         let cpu_info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let memory_info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
@@ -390,7 +392,7 @@ impl Machine {
             |name| name.trim_matches('"').to_owned(),
         );
         Self {
-            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            cores: engine.cores(),
             cpu: field(&cpu_info, "model name", ':').map(str::to_owned),
             memory_bytes: field(&memory_info, "MemTotal", ':')
                 .and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok())
@@ -518,6 +520,12 @@ impl Traffic {
     /// Bytes of activations and their gradients that the busiest rank sent.
     pub fn busiest_rank_bytes(&self) -> u64 {
         self.busiest().measured_bytes
+    }
+
+    /// Bytes of the parameters' gradients that the rank sent that sent most of those.
+    pub fn gradients_bytes(&self) -> u64 {
+        let sent = (self.per_rank.iter()).map(|rank| rank.parameters.measured_bytes);
+        sent.max().unwrap_or_default()
     }
 
     /// Activations and their gradients, counted and by formula, of the rank that sent most.
@@ -701,7 +709,10 @@ pub(crate) mod sample {
     }
 
     pub(crate) fn comparison(cores: usize) -> Comparison {
-        let mut comparison = Comparison::begin(Scenario::load("default").unwrap(), "flex");
+        let mut comparison = {
+            let scenario = Scenario::load("default").unwrap();
+            Comparison::begin(scenario, "flex", &Engine::Threads)
+        };
         comparison.started_unix_seconds = 1_795_500_000;
         comparison.elapsed_seconds = 148.2;
         comparison.machine = Machine {
@@ -819,7 +830,7 @@ mod tests {
     fn the_finding_sets_dsp_beside_ulysses_on_ranks_that_have_a_core_each() {
         assert_eq!(
             comparison(2).finding(),
-            "DSP sends 18.9 MB a rank where Ulysses sends 37.7 MB (2.0× less), and takes 5.11 s \
+            "DSP sends 18.9 MB of activations a rank where Ulysses sends 37.7 MB (2.0× less), and takes 5.11 s \
              against 5.62 s on 2 ranks (serial on 1: 8.12 s); all exact to 3.1e-6"
         );
         assert!(comparison(4).finding().contains("on 4 ranks"));
@@ -944,7 +955,7 @@ mod tests {
 
     #[test]
     fn this_machine_has_a_core() {
-        let machine = Machine::this();
+        let machine = Machine::under(&Engine::Threads);
         assert!(machine.cores >= 1);
         assert!(!machine.os.is_empty());
     }

@@ -135,6 +135,7 @@ struct CostRow<'a> {
     measured: &'a Measured,
     mean: crate::record::RankSeconds,
     busiest: Sent,
+    gradients_bytes: u64,
     equal: bool,
 }
 
@@ -147,6 +148,7 @@ fn cost_rows(comparison: &Comparison) -> Vec<CostRow<'_>> {
             measured,
             mean: measured.time.mean(),
             busiest: measured.traffic.busiest(),
+            gradients_bytes: measured.traffic.gradients_bytes(),
             equal: measured.traffic.equals_formula(),
         })
         .collect()

@@ -141,7 +141,8 @@ fn cost_table(comparison: &Comparison) -> Table {
         "of it\ncompute".to_owned(),
         "\ncomm.".to_owned(),
         "\nwaiting".to_owned(),
-        "sent by\na rank".to_owned(),
+        "a rank sends\nactivations".to_owned(),
+        "\ngradients".to_owned(),
         "equals\nformula".to_owned(),
         "peak\nmemory".to_owned(),
         "collectives".to_owned(),
@@ -152,7 +153,10 @@ fn cost_table(comparison: &Comparison) -> Table {
     }
     let last = headers.len() - 1;
     let mut table = empty(headers);
-    align_right(&mut table, &[1, 2, 3, 4, 5, 6, HIDDEN, last - 3, last - 1]);
+    align_right(
+        &mut table,
+        &[1, 2, 3, 4, 5, 6, HIDDEN, last - 4, last - 3, last - 1],
+    );
     for row in &comparison.rows {
         let mut cells = named(row);
         match &row.outcome {
@@ -201,6 +205,7 @@ fn cost(row: &Row, measured: &Measured, unit: Unit) -> Vec<Cell> {
         unit.show(mean.communication_seconds),
         unit.show(mean.waiting_seconds),
         bytes(measured.traffic.busiest_rank_bytes()),
+        bytes(measured.traffic.gradients_bytes()),
         if equal { "yes" } else { "NO" }.to_owned(),
         bytes(measured.memory.peak_bytes),
         collectives(&measured.traffic.collectives),
@@ -211,7 +216,7 @@ fn cost(row: &Row, measured: &Measured, unit: Unit) -> Vec<Cell> {
 
 /// A row without numbers says why in the last column, which has the room.
 fn no_cost(why: &str) -> Vec<Cell> {
-    let mut cells = vec![Cell::new("–"); 8];
+    let mut cells = vec![Cell::new("–"); 9];
     cells.push(Cell::new(why));
     cells
 }
@@ -253,9 +258,8 @@ impl Unit {
 fn footnotes(comparison: &Comparison) -> Vec<String> {
     let mut notes = vec![
         "Time: wall clock, the median run; compute, communication and waiting are means of its ranks. \
-         Sent: activations and their gradients, by the rank that sends most; the sum of the \
-         parameters' gradients over the ranks, alike wherever they are replicated, stands in the \
-         report. Memory: all ranks together, as Rust code allocates it."
+         Activations: forward, and their gradients backward. Gradients: of the parameters, to sum them; \
+         of those that a strategy shards, none are sent. Both by the rank that sends most. Memory: all ranks together, as Rust code allocates it."
             .to_owned(),
     ];
     if hides(comparison) {
@@ -266,7 +270,7 @@ fn footnotes(comparison: &Comparison) -> Vec<String> {
     if comparison.rows.iter().any(|row| row.oversubscribed) {
         let cores = comparison.machine.cores;
         notes.push(format!(
-            "* More ranks than cores ({cores}): the ranks share them, and such times are not speed-ups."
+            "* More compute threads than cores ({cores}): the ranks share them, and such times are not speed-ups."
         ));
     }
     for row in &comparison.rows {
@@ -432,11 +436,11 @@ mod tests {
             "5.11  4.96–5.31",
             "5.43* ",
             "18.9 MB",
-            "4 all-to-all, 1 all-reduce",
+            "4 all-to-all,",
             "NOT EQUAL, not timed",
             "USP on 3 ranks refused: 3 ranks are no mesh",
             "LSS on 4 ranks FAILED: rank 1 panicked",
-            "More ranks than cores (2): the ranks share them, and such times are not speed-ups.",
+            "More compute threads than cores (2): the ranks share them, and such times are not speed-ups.",
             "hidden 1152, 16 heads",
         ] {
             assert!(text.contains(expected), "no {expected:?} in\n{text}");

@@ -83,6 +83,15 @@ impl Engine {
         }
     }
 
+    /// The cores that all ranks may use together, on this machine or on all of MPI's; with NCCL this process's.
+    pub fn cores(&self) -> usize {
+        match self {
+            #[cfg(feature = "mpi")]
+            Self::Mpi(mpi) => mpi.all_cores(),
+            _ => std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+
     /// The bytes of tensors that this process has handed to others so far; none where ranks are threads.
     pub fn sent_bytes(&self) -> Option<u64> {
         match self {

@@ -1,5 +1,6 @@
 //! `dsp compare`: strategies head to head, as tables, a report and a trace.
 
+use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -92,6 +93,11 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         return Ok(ExitCode::SUCCESS);
     }
 
+    // Before minutes are spent on what could not be written.
+    for path in args.json.iter().chain([&args.report]) {
+        let opened = OpenOptions::new().create(true).append(true).open(path);
+        opened.with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let trace = TraceFile::start(&args.trace)?;
     trace.set_recording(false);
     let progress = Progress::new(comparer.cases().len() as u64);

@@ -230,6 +230,8 @@ pub fn verify(
     let mut records = Vec::new();
     let mut compared = BTreeSet::new();
     for this in &cases {
+        // What serial produces, which is the first to run, every other one has to.
+        let mut due: Option<BTreeSet<String>> = None;
         for strategy in dsp_strategies::all() {
             for &ranks in &options.ranks {
                 if strategy.name() == "serial" && ranks != 1 {
@@ -255,11 +257,12 @@ pub fn verify(
                                 engine_bytes,
                             });
                         }
-                        for (tensor, stored) in produced {
+                        for (tensor, stored) in with_missing(produced, &mut due) {
                             let Some(wanted) = expected.get(&tensor) else {
                                 continue;
                             };
-                            let error = relative_error(&stored, wanted);
+                            let error = stored
+                                .map_or(f64::INFINITY, |stored| relative_error(&stored, wanted));
                             let allowed = this.tolerance(
                                 &tensor,
                                 options.precision.dtype(),
@@ -319,6 +322,19 @@ pub fn verify(
         .into());
     }
     Ok(records)
+}
+
+/// What a run produced, and what it should have: the names that the first run left in `due`.
+fn with_missing(
+    produced: Produced,
+    due: &mut Option<BTreeSet<String>>,
+) -> Vec<(String, Option<Stored>)> {
+    let found: BTreeSet<String> = produced.keys().cloned().collect();
+    let due = due.get_or_insert_with(|| found.clone());
+    let missing = due.difference(&found).cloned();
+    (missing.map(|tensor| (tensor, None)))
+        .chain((produced.into_iter()).map(|(tensor, stored)| (tensor, Some(stored))))
+        .collect()
 }
 
 /// What a rank of a case gives, also to other processes: what was produced, or the strategy's refusal; what its
@@ -501,6 +517,28 @@ mod tests {
             shape: vec![values.len()],
             values: values.to_vec(),
         }
+    }
+
+    #[test]
+    fn what_the_first_run_produced_is_due_of_every_other_one() {
+        let mut due = None;
+        let produced = |names: &[&str]| -> Produced {
+            (names
+                .iter()
+                .map(|name| ((*name).to_owned(), stored(&[1.0]))))
+            .collect()
+        };
+        let names = |found: Vec<(String, Option<Stored>)>| -> Vec<(String, bool)> {
+            (found
+                .into_iter()
+                .map(|(name, stored)| (name, stored.is_some())))
+            .collect()
+        };
+        let [a, b, c] = ["a", "b", "c"].map(str::to_owned);
+        let first = names(with_missing(produced(&["a", "b"]), &mut due));
+        assert_eq!(first, [(a, true), (b.clone(), true)]);
+        let second = names(with_missing(produced(&["b", "c"]), &mut due));
+        assert_eq!(second, [("a".to_owned(), false), (b, true), (c, true)]);
     }
 
     #[test]

@@ -77,6 +77,8 @@ struct Place {
     size: usize,
     /// Its share of its machine's cores.
     cores: usize,
+    /// The cores that all processes have together.
+    all_cores: usize,
 }
 
 impl Mpi {
@@ -126,6 +128,11 @@ impl Mpi {
         self.process.place.cores
     }
 
+    /// The cores that all processes have together, those that some share counted once.
+    pub fn all_cores(&self) -> usize {
+        self.process.place.all_cores
+    }
+
     /// The bytes of tensors that this process has handed to MPI so far, for others: control messages not counted.
     pub fn sent_bytes(&self) -> u64 {
         self.process.sent.load(Ordering::Relaxed)
@@ -159,10 +166,14 @@ fn communicate(
 ) {
     let ready = ferrompi::Mpi::init_thread(ThreadLevel::Funneled).and_then(|mpi| {
         let world = mpi.world().duplicate()?;
+        let share = share_of_cores(&world)?;
+        let mut shares = vec![0.0; world.size() as usize];
+        world.allgather(&[share], &mut shares)?;
         let place = Place {
             rank: world.rank() as usize,
             size: world.size() as usize,
-            cores: cores(&world)?,
+            cores: (share as usize).max(1),
+            all_cores: (shares.iter().sum::<f64>().round() as usize).max(1),
         };
         Ok((mpi, world, lent::datatype_of_room()?, place))
     });
@@ -184,8 +195,8 @@ fn communicate(
     drop(mpi);
 }
 
-/// The cores for this process. Processes of a machine that may run on the same cores share them.
-fn cores(world: &ferrompi::Communicator) -> ferrompi::Result<usize> {
+/// How many cores this process has for itself, on average: those of a machine that may run on the same ones share them.
+fn share_of_cores(world: &ferrompi::Communicator) -> ferrompi::Result<f64> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let allowed = status
@@ -196,7 +207,7 @@ fn cores(world: &ferrompi::Communicator) -> ferrompi::Result<usize> {
     let own = digest(&allowed);
     machine.allgather(&[own], &mut all)?;
     let sharing = all.iter().filter(|&&other| other == own).count();
-    Ok((cores / sharing).max(1))
+    Ok(cores as f64 / sharing as f64)
 }
 
 impl Process {
