@@ -116,7 +116,16 @@ impl AttentionStage {
         self.samples(batch, lengths) * self.heads.query * self.heads.dim * self.heads.dim
     }
 
-    fn check(&self, stage: &str) -> Result<(), PlanError> {
+    fn check(&self, stage: &str, batch: usize) -> Result<(), PlanError> {
+        if let Mask::KeyLengths(lengths) = &self.mask
+            && lengths.len() != batch
+        {
+            return Err(PlanError::KeyLengths {
+                stage: stage.to_owned(),
+                lengths: lengths.len(),
+                batch,
+            });
+        }
         let Form::Linear { decay } = &self.form else {
             return Ok(());
         };
@@ -224,17 +233,18 @@ impl ModelShape {
         }
     }
 
-    /// Refuses what no strategy could run: too many axes, heads that do not form groups, linear attention that
-    /// is not causal or whose decays are not one a head. Every plan begins with it.
+    /// Refuses what no strategy could run: too many axes, heads that do not form groups, key lengths that are not one
+    /// a sample, linear attention that is not causal or whose decays are not one a head. Every plan begins with it.
     ///
     /// # Errors
-    /// [`PlanError::Axes`], [`PlanError::HeadGroups`], [`PlanError::Decays`], [`PlanError::NotCausal`].
+    /// [`PlanError::Axes`], [`PlanError::HeadGroups`], [`PlanError::KeyLengths`], [`PlanError::Decays`],
+    /// [`PlanError::NotCausal`].
     pub fn check(&self) -> Result<(), PlanError> {
         self.lengths()?;
         for stage in &self.stages {
             let heads = match &stage.kind {
                 StageKind::Attention(attention) => {
-                    attention.check(&stage.name)?;
+                    attention.check(&stage.name, self.batch)?;
                     attention.heads
                 }
                 StageKind::CrossAttention { heads } => *heads,
@@ -339,6 +349,19 @@ pub enum PlanError {
         query: usize,
         /// Key-value heads.
         key_value: usize,
+    },
+    /// Another number of key lengths than samples.
+    #[error(
+        "stage {stage:?} has {lengths} key lengths for a batch of {batch}: give one for each sample, however many sequences \
+         of it are attended"
+    )]
+    KeyLengths {
+        /// The stage.
+        stage: String,
+        /// How many lengths.
+        lengths: usize,
+        /// The samples.
+        batch: usize,
     },
     /// An attention that the strategy does not compute.
     #[error("{strategy} cannot run stage {stage:?}: {rule}")]

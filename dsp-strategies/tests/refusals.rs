@@ -105,6 +105,31 @@ fn heads_that_do_not_form_groups_are_refused_by_all_with_both_numbers() {
     );
 }
 
+#[test]
+fn key_lengths_that_are_not_one_a_sample_are_refused_by_all_with_both_numbers() {
+    for lengths in [vec![], vec![3], vec![3, 4, 5]] {
+        let given = Mask::KeyLengths(lengths.clone().into());
+        let subs = vec![Sub::Mlp, Sub::Attention(vec![0], given)];
+        let mut model = case(&[3, 4], (4, 2), subs).shape();
+        model.batch = 2;
+        for strategy in dsp_strategies::all() {
+            for ranks in [1, 2] {
+                let refusal = strategy.plan(&model, ranks).unwrap_err();
+                assert_eq!(
+                    refusal.to_string(),
+                    format!(
+                        "stage \"sub 1\" has {} key lengths for a batch of 2: give one for each sample, however many \
+                         sequences of it are attended",
+                        lengths.len()
+                    ),
+                    "{}",
+                    strategy.name()
+                );
+            }
+        }
+    }
+}
+
 /// One axis, attended linearly.
 fn linear(decay: &[f64], mask: Mask) -> ModelShape {
     let mut model = case(&[8], (4, 2), vec![Sub::Mlp, attend(&[0])]).shape();

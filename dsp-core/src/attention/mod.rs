@@ -120,7 +120,7 @@ impl Mask {
     }
 
     /// The positions of the keys that a query sees: [`sees`](Self::sees) as one range.
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
     fn visible(&self, sample: usize, query: usize) -> Range<usize> {
         match self {
             Self::Full => 0..usize::MAX,
@@ -301,7 +301,7 @@ mod tests {
             prop_assert_eq!(mask.classify(first.min(3)..3, &queries, &keys), expected);
         }
 
-        #[cfg(feature = "flex")]
+        #[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
         #[test]
         fn what_a_query_sees_is_one_range_of_positions(
             mask in masks(2),

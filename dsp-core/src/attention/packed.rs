@@ -15,7 +15,7 @@
 //! without the leading 0 (FlashAttention-2, arXiv:2307.08691).
 
 use std::num::NonZeroUsize;
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -42,7 +42,7 @@ impl Within {
     }
 
     /// The positions that the query at one sees, of those of one endless document.
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
     pub(super) fn visible(self, query: usize) -> Range<usize> {
         match self {
             Self::Full => 0..usize::MAX,
@@ -129,7 +129,7 @@ impl Documents {
     }
 
     /// The positions of the document around one.
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "cuda", feature = "wgpu"))]
     pub(super) fn around(&self, position: usize) -> Range<usize> {
         let document = self.of(position);
         let start = document

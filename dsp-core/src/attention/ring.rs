@@ -13,8 +13,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 
+use super::softmax::computed;
 use super::{Dropout, HeadRange, Mask, Problem, Visibility, Within, backward, forward, merge};
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::cost::Elements;
@@ -227,16 +228,16 @@ impl Ring {
             step += 1;
             next = travel.start(&block, step, Phase::Backward)?;
             let here = travel.seen_at(step).map(|origin| part(block, origin));
-            let [mut sum, arrived] = travel.arrived(behind.take(), step, &home)?;
-            home = home + arrived;
+            let [mut sum, own] = travel.arrived(behind.take(), step)?;
+            home = plus(home, own);
             if let Some((more_dq, gradient)) = here {
                 dq = dq + more_dq;
-                sum = sum + gradient;
+                sum = Some(plus(gradient, sum));
             }
-            behind = Some(travel.start_gradient(sum, step)?);
+            behind = Some(travel.start_gradient(sum, step, &home)?);
         }
-        let [_, arrived] = travel.arrived(behind, step + 1, &home)?;
-        let [dk, dv] = halves(home + arrived);
+        let [_, own] = travel.arrived(behind, step + 1)?;
+        let [dk, dv] = halves(plus(home, own));
         Ok([dq, dk, dv].map(|gradient| gradient.cast(dtype)))
     }
 }
@@ -331,8 +332,23 @@ impl<'a> Travel<'a> {
         ]
     }
 
-    /// Hands the gradients on behind their blocks, or home from the last rank that saw them.
-    fn start_gradient(&self, sum: Tensor<4>, step: usize) -> Result<InFlight, CommError> {
+    /// Hands the gradients on behind their blocks, or home from the last rank that saw them. Where there is none yet,
+    /// zeros set out; they are like the own ones at `home`.
+    fn start_gradient(
+        &self,
+        sum: Option<Tensor<4>>,
+        step: usize,
+        home: &Tensor<4>,
+    ) -> Result<InFlight, CommError> {
+        let sum = sum.unwrap_or_else(|| {
+            let origin = self.block_at(self.ring.group.rank(), step);
+            let rows = origin.map_or(0, |origin| self.rows[origin].len());
+            let [samples, _, heads, width] = home.dims();
+            Tensor::zeros(
+                [samples, rows, heads, width],
+                (&home.device(), home.dtype()),
+            )
+        });
         let before = self.held(sum.dims(), |rank| {
             self.block_at(rank, step).into_iter().collect()
         });
@@ -343,37 +359,24 @@ impl<'a> Travel<'a> {
         self.exchange((sum, before, after), Phase::Backward)
     }
 
-    /// What has come: the travelling gradient of the block at hand after `step`, zeros for one that begins here, and
-    /// the own one or zeros.
+    /// What has come after `step`: the travelling gradient of the block at hand, unless it begins here, and the own
+    /// one, if it is home.
     fn arrived(
         &self,
         behind: Option<InFlight>,
         step: usize,
-        home: &Tensor<4>,
-    ) -> Result<[Tensor<4>; 2], CommError> {
-        let rank = self.ring.group.rank();
-        let rows = |origin: Option<usize>| origin.map_or(0, |origin| self.rows[origin].len());
-        let [travelling, own] = self.gradients_at(rank, step).map(rows);
-        let [samples, _, heads, width] = home.dims();
-        let zeros = |rows| {
-            Tensor::<4>::zeros(
-                [samples, rows, heads, width],
-                (&home.device(), home.dtype()),
-            )
-        };
+    ) -> Result<[Option<Tensor<4>>; 2], CommError> {
         let Some(behind) = behind else {
-            return Ok([zeros(travelling), zeros(home.dims()[1])]);
+            return Ok([None, None]);
         };
         let arrived = folded(behind.wait()?);
-        let part = |start: usize, rows: usize| match rows {
-            0 => zeros(0),
-            _ => arrived.clone().narrow(1, start, rows),
-        };
-        let own = match own {
-            0 => zeros(home.dims()[1]),
-            _ => part(travelling, own),
-        };
-        Ok([part(0, travelling), own])
+        let mut end = 0;
+        let gradients = self.gradients_at(self.ring.group.rank(), step);
+        Ok(gradients.map(|origin| {
+            let rows = self.rows[origin?].len();
+            end += rows;
+            (rows > 0).then(|| arrived.clone().narrow(1, end - rows, rows))
+        }))
     }
 
     fn exchange(
@@ -401,6 +404,13 @@ fn folded(x: Tensor<DIMS>) -> Tensor<4> {
     x.squeeze_dim(4)
 }
 
+fn plus(sum: Tensor<4>, term: Option<Tensor<4>>) -> Tensor<4> {
+    match term {
+        Some(term) => sum + term,
+        None => sum,
+    }
+}
+
 /// Keys and values as one tensor, which travels as one.
 fn joined(key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
     Tensor::cat(vec![key, value], 3)
@@ -409,12 +419,4 @@ fn joined(key: Tensor<4>, value: Tensor<4>) -> Tensor<4> {
 fn halves(both: Tensor<4>) -> [Tensor<4>; 2] {
     let width = both.dims()[3] / 2;
     [0, width].map(|start| both.clone().narrow(3, start, width))
-}
-
-/// In f32 at least: parts of 16 bits would lose in each merge and each sum.
-fn computed(x: Tensor<4>) -> Tensor<4> {
-    match x.dtype() {
-        DType::F64 | DType::F32 => x,
-        _ => x.cast(DType::F32),
-    }
 }

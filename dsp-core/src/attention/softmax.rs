@@ -122,7 +122,8 @@ pub struct Problem {
 /// Attends: the output, and the logsumexp (natural logarithm) of each query's scores.
 ///
 /// The tensors are untracked; see [`softmax_attention`] for a gradient. They share one floating
-/// dtype, in which everything is computed.
+/// dtype, in which everything is computed; of 16 bits, in f32, in which their logsumexp then is, and
+/// the output is rounded once.
 ///
 /// # Shapes
 /// - `q`: `[B, Lq, Hq, d]`, `k`: `[B, Lk, Hkv, d]`, `v`: `[B, Lk, Hkv, dv]`; any of them may be
@@ -132,7 +133,7 @@ pub struct Problem {
 ///
 /// # Cost
 /// `2·B·Hq·(d + dv)` operations per visible pair of query and key. Memory: the results, and a
-/// constant for one block's scores.
+/// constant for one block's scores; of 16 bits, where no kernel takes these, copies of all in f32.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
@@ -157,7 +158,7 @@ pub fn forward(
 ///
 /// # Cost
 /// 2.5 times the forward's operations. Memory: the results, a scaled copy of `q`, two numbers per
-/// query, and a constant for one block's scores.
+/// query, and a constant for one block's scores; of 16 bits, where no kernel takes these, copies of all in f32.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
@@ -200,11 +201,16 @@ pub fn softmax_attention(
 /// logsumexp is ever taken, so that nothing overflows. Where one side saw no key (`lse` is −∞ and
 /// `out` is 0) the result is the other side; where neither did, `(0, −∞)`.
 ///
+/// All is computed in the logsumexps' dtype, and the output returned in that of `a`'s: where many results of 16 bits
+/// are merged one after the other, begin with one cast to f32, so that none of the sums is rounded to 16 bits.
+///
 /// # Shapes
 /// - outputs: `[B, Lq, Hq, dv]`, logsumexps: `[B, Lq, Hq]`
 pub fn merge(a: (Tensor<4>, Tensor<3>), b: (Tensor<4>, Tensor<3>)) -> (Tensor<4>, Tensor<3>) {
-    let (out, lse) = merge_rows((a.0, a.1.unsqueeze_dim(3)), (b.0, b.1.unsqueeze_dim(3)));
-    (out, lse.squeeze_dim(3))
+    let (dtype, computed) = (a.0.dtype(), a.1.dtype());
+    let rows = |(out, lse): (Tensor<4>, Tensor<3>)| (out.cast(computed), lse.unsqueeze_dim(3));
+    let (out, lse) = merge_rows(rows(a), rows(b));
+    (out.cast(dtype), lse.squeeze_dim(3))
 }
 
 /// The sizes of a block. Results depend on them by rounding only.
@@ -231,7 +237,8 @@ impl Blocks {
 /// How attention is computed.
 #[derive(Debug, Clone, Copy)]
 enum Way {
-    /// By the kernels of [`super::flex`], or of `gpu`, where there are some for the tensors, else portably.
+    /// By the kernels of [`super::flex`], or of `gpu`, where there are some for the tensors, else portably; in f32 at
+    /// least.
     Best,
     /// With Burn's operations, in such blocks.
     #[cfg_attr(not(test), expect(dead_code, reason = "the oracle of the tests"))]
@@ -254,6 +261,12 @@ impl Way {
                 #[cfg(any(feature = "cuda", feature = "wgpu"))]
                 if let Some(results) = super::gpu::forward(&q, &k, &v, problem) {
                     return results;
+                }
+                let dtype = q.dtype();
+                if dtype != computed_in(dtype) {
+                    let [q, k, v] = [q, k, v].map(computed);
+                    let (out, lse) = self.forward(q, k, v, problem);
+                    return (out.cast(dtype), lse);
                 }
                 #[cfg(feature = "flex")]
                 if let Some(results) = super::flex::forward(&q, &k, &v, problem) {
@@ -286,6 +299,13 @@ impl Way {
             Self::Best => {
                 #[cfg(any(feature = "cuda", feature = "wgpu"))]
                 if let Some([dq, dk, dv]) = super::gpu::backward(tensors, &lse, problem) {
+                    return (dq, dk, dv);
+                }
+                let dtype = q.dtype();
+                if dtype != computed_in(dtype) {
+                    let [q, k, v, out, dout] = [q, k, v, out, dout].map(computed);
+                    let gradients = self.backward(q, k, v, out, computed(lse), dout, problem);
+                    let [dq, dk, dv] = <[_; 3]>::from(gradients).map(|x| x.cast(dtype));
                     return (dq, dk, dv);
                 }
                 #[cfg(feature = "flex")]
@@ -777,6 +797,19 @@ fn merge_rows(a: (Tensor<4>, Tensor<4>), b: (Tensor<4>, Tensor<4>)) -> (Tensor<4
     (out, lse_a.max_pair(lse_b) + correction)
 }
 
+/// In f32 at least: 16 bits would lose in each merge and each sum.
+pub(super) fn computed<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let dtype = computed_in(x.dtype());
+    x.cast(dtype)
+}
+
+fn computed_in(dtype: DType) -> DType {
+    match dtype {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
 /// The logsumexp for the backward: −∞ becomes so large that the weights of the row are exactly 0.
 fn finite_lse(lse: Tensor<3>) -> Tensor<3> {
     let dtype = lse.dtype();
@@ -929,8 +962,12 @@ mod tests {
             // Dropout enlarges the terms of gradients by its scale, and the rounding of what cancels with them: from
             // so much less they are of one size, whatever is dropped.
             let scale = self.problem.dropout.map_or(1.0, |dropout| dropout.scale());
-            // Rounded to f32 first, so that both precisions see the same numbers.
-            [q, k, v, dout.div_scalar(scale)].map(|x| x.cast(dtype))
+            // Rounded first to what the case's precision holds, f32's at most, so that all see the same numbers.
+            let held = match self.dtype {
+                DType::F64 => DType::F32,
+                held => held,
+            };
+            [q, k, v, dout.div_scalar(scale)].map(|x| x.cast(held).cast(dtype))
         }
     }
 
@@ -1574,20 +1611,34 @@ mod tests {
         let documents = Documents::new([100, 130, 400]).unwrap();
         let within = Within::Causal;
         let window = NonZeroUsize::new(333).unwrap();
-        for (mask, query_positions, key_positions) in [
-            (Mask::Full, vec![0..401], vec![0..531]),
-            (Mask::Causal, vec![0..130, 400..600], vec![0..300, 350..601]),
-            (Mask::Causal, vec![0..530], vec![0..530]),
-            (Mask::Window { size: window }, vec![0..700], vec![0..700]),
+        // Of so few heads the gradients are computed in chunks of queries, and a draw knows nothing of those.
+        let dropping = Dropout::new(0.4, DropoutKey::default()).unwrap();
+        for (mask, query_positions, key_positions, dropout) in [
+            (Mask::Full, vec![0..401], vec![0..531], None),
+            (
+                Mask::Causal,
+                vec![0..130, 400..600],
+                vec![0..300, 350..601],
+                None,
+            ),
+            (Mask::Causal, vec![0..530], vec![0..530], Some(dropping)),
+            (
+                Mask::Window { size: window },
+                vec![0..700],
+                vec![0..700],
+                None,
+            ),
             (
                 Mask::Packed { documents, within },
                 vec![0..513],
                 vec![300..513, 0..300],
+                None,
             ),
             (
                 Mask::KeyLengths([520, 0].into()),
                 vec![0..300],
                 vec![0..530],
+                None,
             ),
         ] {
             for (width, value_width) in [(64, 64), (72, 40), (5, 33)] {
@@ -1599,11 +1650,102 @@ mod tests {
                     group: 3,
                 };
                 case.problem.scale = 1.0 / (width as f64).sqrt();
+                case.problem.dropout = dropout;
                 (case.width, case.value_width) = (width, value_width);
                 let expected = ours(&case, Way::Portable(Blocks::DEFAULT), &device);
                 case.dtype = DType::F32;
                 ours(&case, Way::Best, &device).assert_close(&expected, 1e-5);
             }
+        }
+    }
+
+    /// How far one is from the other, relative to its size.
+    fn distance<const D: usize>(found: &Tensor<D>, expected: &Tensor<D>) -> f64 {
+        let (found, expected) = (values(found), values(expected));
+        let squares = |x: Vec<f64>| x.into_iter().map(|x| x * x).sum::<f64>();
+        let between = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+        (squares(between) / squares(expected)).sqrt()
+    }
+
+    /// A long row's attention in 16 bits, and what half of a last place is to a number of that type.
+    fn cases_of_16_bits() -> impl Iterator<Item = (Case, f64)> {
+        [(DType::BF16, 2f64.powi(-9)), (DType::F16, 2f64.powi(-12))]
+            .into_iter()
+            .map(|(dtype, half_a_place)| {
+                let mut case = plain(1, 4, 300, 2100, Mask::Causal);
+                case.problem.query_positions = vec![1800..2100];
+                case.problem.heads.group = 2;
+                (case.width, case.value_width) = (16, 16);
+                case.dtype = dtype;
+                (case, half_a_place)
+            })
+    }
+
+    impl Results {
+        /// 16 bits are rounded where a result begins and ends, and nothing in between is: errors do not grow with
+        /// the length. The output, which is rounded before it goes back, may add as much as the gradient's own end.
+        fn assert_rounded_at_the_ends(&self, expected: &Self, half_a_place: f64) {
+            assert_eq!(self.lse.dtype(), DType::F32);
+            assert_close!(self.lse, expected.lse, 1e-6);
+            let found = self.gradients.iter().chain([&self.out]);
+            let expected = expected.gradients.iter().chain([&expected.out]);
+            for (found, expected) in found.zip(expected) {
+                let distance = distance(found, expected);
+                assert!(distance <= 2.0 * half_a_place, "{distance:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn sixteen_bits_are_computed_in_f32_and_rounded_once() {
+        let device = Device::flex();
+        let dropout = Dropout::new(0.3, DropoutKey::default()).unwrap();
+        for dropout in [None, Some(dropout)] {
+            for (mut case, half_a_place) in cases_of_16_bits() {
+                case.problem.dropout = dropout;
+                let found = ours(&case, Way::Best, &device);
+                assert_eq!(found.out.dtype(), case.dtype);
+                found.assert_rounded_at_the_ends(&naive(&case, &device), half_a_place);
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_16_bits_merge_in_f32_and_share_their_backward() {
+        let device = Device::flex();
+        for (case, half_a_place) in cases_of_16_bits() {
+            let [q, k, v, dout] = case.inputs(&device, case.dtype);
+            let parts = [0..700, 700..1400, 1400..2100].map(|keys: Range<usize>| {
+                let part = |x: &Tensor<4>| x.clone().slice(s![.., keys.clone(), .., ..]);
+                let (k, v) = (part(&k), part(&v));
+                let mut problem = case.problem.clone();
+                problem.key_positions = vec![keys];
+                (k, v, problem)
+            });
+            let [first, second, third] = parts
+                .each_ref()
+                .map(|(k, v, problem)| forward(q.clone(), k.clone(), v.clone(), problem));
+            let two = merge(first.clone(), second.clone());
+            assert_eq!((two.0.dtype(), two.1.dtype()), (case.dtype, DType::F32));
+            let first = (first.0.cast(DType::F32), first.1);
+            let (out, lse) = merge(merge(first, second), third);
+            let mut dq = q.zeros_like().cast(DType::F32);
+            let (mut dk, mut dv) = (Vec::new(), Vec::new());
+            for (k, v, problem) in parts {
+                let (q, out, lse, dout) = (q.clone(), out.clone(), lse.clone(), dout.clone());
+                let part = backward(q, k, v, out, lse, dout, &problem);
+                dq = dq + part.0.cast(DType::F32);
+                dk.push(part.1);
+                dv.push(part.2);
+            }
+            let gradients = [dq, Tensor::cat(dk, 1), Tensor::cat(dv, 1)];
+            let expected = naive(&case, &device);
+            Results {
+                out,
+                lse,
+                gradients,
+            }
+            .assert_rounded_at_the_ends(&expected, half_a_place);
         }
     }
 

@@ -159,6 +159,8 @@ impl Product<'_> {
         let columns = n.next_multiple_of(lanes);
         if k > 0 {
             assert!((m - 1) * left.row + (k - 1) * left.step < left.data.len());
+            // Of panels that overlapped, the last vector of one before could lie further than the last panel's.
+            assert!(columns <= width || right.panel >= width);
             let last = (columns - 1) / width * right.panel + (k - 1) * width;
             assert!(last + (columns - 1) % width < right.data.len());
         }
@@ -365,6 +367,29 @@ mod tests {
             },
             out: &mut [0.0; 32],
             out_row: 16,
+            store: Store::Set,
+            ahead: &mut Ahead::default(),
+        });
+    }
+
+    #[test]
+    #[should_panic(expected = "right.panel >= width")]
+    fn panels_that_overlap_are_refused_as_the_last_would_not_be_the_furthest() {
+        let Some(level) = Level::detect() else {
+            panic!("right.panel >= width");
+        };
+        let [lanes, width] = level.run(Width);
+        // As far as the last panel's one vector reaches, which the first panel's second one passes.
+        let right = vec![0.0; width + lanes];
+        level.run(Product {
+            sizes: [1, width + lanes, 2],
+            left: Left::rows(&[0.0; 2], 2),
+            right: Right {
+                data: &right,
+                panel: 0,
+            },
+            out: &mut vec![0.0; width + lanes],
+            out_row: width + lanes,
             store: Store::Set,
             ahead: &mut Ahead::default(),
         });

@@ -39,7 +39,8 @@ use super::softmax::{HeadRange, Problem, Sizes};
 use crate::simd::Level;
 use rows::{NewRows, Row, Rows, readable};
 
-/// The sizes of a tile. Results depend on that of keys by rounding only, and not on the others.
+/// The sizes of a tile. Results depend on that of keys by rounding only, the gradients of keys and values also on that of
+/// rows, of which they are sums block by block, and nothing on that of strips.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tiling {
     /// Rows (queries × query heads of a group) of a part of the work.

@@ -15,7 +15,7 @@
 
 use std::ops::Range;
 
-use crate::attention::{Mask, Problem, Visibility, Within};
+use crate::attention::{Problem, Visibility};
 
 /// The numbers, and whether there is a set of them for each sample.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ pub(super) fn rules(
     let samples = if by_sample { 0..samples } else { 0..1 };
     let intervals: Vec<Range<usize>> = samples
         .clone()
-        .flat_map(|sample| queries().map(move |query| seen(&problem.mask, sample, query)))
+        .flat_map(|sample| queries().map(move |query| problem.mask.visible(sample, query)))
         .collect();
     let mut numbers: Vec<i32> = Vec::new();
     let mut push = |position: usize| numbers.push(i32::try_from(position).unwrap_or(i32::MAX));
@@ -71,89 +71,4 @@ pub(super) fn rules(
         push(tile.iter().copied().max().unwrap_or(0));
     }
     Some(Rules { numbers, by_sample })
-}
-
-/// The positions of the keys that a query sees.
-fn seen(mask: &Mask, sample: usize, query: usize) -> Range<usize> {
-    match mask {
-        Mask::Full => 0..usize::MAX,
-        Mask::Causal => within(Within::Causal, query),
-        Mask::Window { size } => within(Within::Window(*size), query),
-        Mask::Packed {
-            documents,
-            within: rule,
-        } => {
-            let ends = documents.ends();
-            let document = documents.of(query);
-            let start = document.checked_sub(1).map_or(0, |before| ends[before]);
-            let end = ends.get(document).copied().unwrap_or(usize::MAX);
-            let seen = within(*rule, query);
-            seen.start.max(start)..seen.end.min(end)
-        }
-        Mask::KeyLengths(lengths) => 0..lengths[sample],
-    }
-}
-
-fn within(rule: Within, query: usize) -> Range<usize> {
-    match rule {
-        Within::Full => 0..usize::MAX,
-        Within::Causal => 0..query + 1,
-        Within::Window(size) => (query + 1).saturating_sub(size.get())..query + 1,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::num::NonZeroUsize;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::attention::Documents;
-
-    fn masks() -> impl Strategy<Value = Mask> {
-        let size = || (1..9usize).prop_map(|size| NonZeroUsize::new(size).unwrap());
-        let within = prop_oneof![
-            Just(Within::Full),
-            Just(Within::Causal),
-            size().prop_map(Within::Window)
-        ];
-        let documents = prop::collection::btree_set(0..20usize, 0..5)
-            .prop_map(|ends| Documents::new(ends.into_iter().collect::<Vec<_>>()).unwrap());
-        prop_oneof![
-            Just(Mask::Full),
-            Just(Mask::Causal),
-            size().prop_map(|size| Mask::Window { size }),
-            (documents, within).prop_map(|(documents, within)| Mask::Packed { documents, within }),
-            prop::collection::vec(0..25usize, 2)
-                .prop_map(|lengths| Mask::KeyLengths(lengths.into())),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn the_interval_holds_the_keys_that_the_mask_shows(
-            mask in masks(),
-            sample in 0..2usize,
-            query in 0..25usize,
-            key in 0..25usize,
-        ) {
-            prop_assert_eq!(
-                seen(&mask, sample, query).contains(&key),
-                mask.sees(sample, query, key)
-            );
-        }
-    }
-
-    #[test]
-    fn documents_that_are_empty_or_share_an_end_keep_their_bounds() {
-        let documents = Documents::new([2, 2, 5]).unwrap();
-        let mask = Mask::Packed {
-            documents,
-            within: Within::Full,
-        };
-        assert_eq!(seen(&mask, 0, 1), 0..2);
-        assert_eq!(seen(&mask, 0, 3), 2..5);
-        assert_eq!(seen(&mask, 0, 9), 5..usize::MAX);
-    }
 }

@@ -105,6 +105,19 @@ impl Results {
             assert_close(name, found, expected, tolerance);
         }
     }
+
+    /// How far 16-bit results are from f64's, for inputs that are exact in both: a few roundings of the type, and in f32
+    /// the logsumexp, which never was in 16 bits.
+    fn assert_close_in_16_bits(&self, expected: &Self, dtype: DType) {
+        assert_eq!(self.out.dtype(), dtype);
+        assert_eq!(self.lse.dtype(), DType::F32);
+        assert_close("lse", &self.lse, &expected.lse, 1e-5);
+        let epsilon = match dtype {
+            DType::F16 => 1e-3,
+            _ => 8e-3,
+        };
+        self.assert_close(expected, 4.0 * epsilon);
+    }
 }
 
 fn doubles<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
@@ -224,18 +237,9 @@ proptest! {
     }
 }
 
-/// How far 16-bit results are from f64's, for inputs that are exact in both: a few roundings of the type, and in f32 the
-/// logsumexp, which never was in 16 bits.
+/// By the kernels themselves.
 fn assert_close_in_16_bits(case: &Case, dtype: DType) {
-    let (found, expected) = (case.found(dtype), case.expected());
-    assert_eq!(found.out.dtype(), dtype);
-    assert_eq!(found.lse.dtype(), DType::F32);
-    assert_close("lse", &found.lse, &expected.lse, 1e-5);
-    let epsilon = match dtype {
-        DType::F16 => 1e-3,
-        _ => 8e-3,
-    };
-    found.assert_close(&expected, 4.0 * epsilon);
+    (case.found(dtype)).assert_close_in_16_bits(&case.expected(), dtype);
 }
 
 /// Types of 16 bits that the device has.
@@ -426,6 +430,36 @@ fn dropout_f64_empty_blocks_and_heads_that_do_not_fit_are_left_to_the_portable_w
     let mut wide = plain(1, 1, 4, 4, Mask::Full);
     wide.widths = (1 << 16, 4);
     assert!(declined(&wide, &device, DType::F32));
+}
+
+/// The logsumexp that came from the kernel, in f32, must not meet scores of 16 bits.
+#[test]
+fn gradients_of_16_bits_that_do_not_fit_are_the_portable_ones_in_f32() {
+    let device = Device::default();
+    let of_width = |width| Case {
+        widths: (width, width),
+        ..plain(1, 2, 20, 300, Mask::Causal)
+    };
+    for dtype in sixteen_bits() {
+        let fits = |case: &Case, pass| {
+            let [q, k, v, _] = case.inputs(&device, dtype);
+            Launch::of(&q, &k, &v, &case.problem, pass).is_some()
+        };
+        let mut case = (1..1 << 10)
+            .map(|blocks| of_width(16 * blocks))
+            .find(|case| fits(case, Pass::Forward) && !fits(case, Pass::KeysAndValues))
+            .unwrap();
+        case.problem.scale = (case.widths.0 as f64).powf(-0.5);
+        let [q, k, v, dout] = case.inputs(&device, dtype);
+        let (out, lse) = softmax::forward(q.clone(), k.clone(), v.clone(), &case.problem);
+        let gradients = softmax::backward(q, k, v, out.clone(), lse.clone(), dout, &case.problem);
+        let found = Results {
+            out,
+            lse,
+            gradients: gradients.into(),
+        };
+        found.assert_close_in_16_bits(&case.expected(), dtype);
+    }
 }
 
 #[test]
