@@ -1,5 +1,5 @@
-//! What the kernels reach in which a model's time goes: attention, linear layers, linear attention, in f32, on one
-//! thread and on all; one of those that `cargo xtask bench --kernels` runs. The last column is the share of the best
+//! What the kernels reach in which a model's time goes: attention, linear layers, linear attention, the loss, in f32, on
+//! one thread and on all; one of those that `cargo xtask bench --kernels` runs. The last column is the share of the best
 //! rate of a matrix product, measured between them.
 #![allow(
     clippy::print_stdout,
@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::attention::{HeadRange, Heads, Mask, Problem, backward, forward, linear};
+use dsp_core::fused::{Target, cross_entropy};
 use dsp_core::linear::affine;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
@@ -187,14 +188,51 @@ fn linear_attention() -> Vec<Kernel<'static>> {
     let name = format!("linear attention 1×{length}, heads {heads}");
     let states = linear::forward(&q, &k, &v, &problem).states;
     let again = (problem.clone(), [q.clone(), k.clone(), v.clone()]);
+    // What comes from another chunk is received again and again by the same states.
+    let (received_by, came) = (problem.clone(), drawn([1, heads, width, width]));
+    let mut receiving = linear::states(&k, &v, &problem);
+    let of_states = 2 * (length / BLOCK) * heads * width * width;
     vec![
         Kernel::new(format!("{name}: forward"), operations, move || {
             let (problem, [q, k, v]) = &again;
             black_box(linear::forward(q, k, v, problem));
         }),
+        Kernel::new(format!("{name}: a state received"), of_states, move || {
+            receiving.receive(&came, &received_by);
+        }),
         Kernel::new(format!("{name}: backward"), 2 * operations, move || {
             black_box(linear::backward([&q, &k, &v], &states, &dout, &problem));
         }),
+    ]
+}
+
+/// Of which memory is the limit: three operations a logit, the exponential as one.
+fn loss() -> Vec<Kernel<'static>> {
+    const SHAPE: [usize; 2] = [4096, 32000];
+    let [rows, classes] = SHAPE;
+    let of_row = |row| Target {
+        class: (row * 7 % classes) as u32,
+        weight: 1.0 / rows as f64,
+    };
+    let targets: Vec<Target> = (0..rows).map(of_row).collect();
+    let logits = drawn(SHAPE);
+    let leaf = logits.clone().autodiff().require_grad();
+    let (name, operations) = (
+        format!("cross-entropy {rows}×{classes}"),
+        3 * rows * classes,
+    );
+    let again = targets.clone();
+    vec![
+        Kernel::new(format!("{name}: forward"), operations, move || {
+            black_box(cross_entropy(logits.clone(), &again));
+        }),
+        Kernel::new(
+            format!("{name}: forward and backward"),
+            2 * operations,
+            move || {
+                black_box(cross_entropy(leaf.clone(), &targets).backward());
+            },
+        ),
     ]
 }
 
@@ -215,8 +253,9 @@ fn main() -> Result<(), ThreadPoolBuildError> {
         pool(threads)?.install(|| {
             let mut floor = product();
             floor.seconds();
-            let kernels = [attention(), linear_layers(), linear_attention()];
-            for mut kernel in kernels.into_iter().flatten() {
+            // One group's tensors at a time.
+            let groups = [attention, linear_layers, linear_attention, loss];
+            for mut kernel in groups.into_iter().flat_map(|group| group()) {
                 if !kernel.name.contains(&wanted) {
                     continue;
                 }

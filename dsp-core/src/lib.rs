@@ -14,7 +14,7 @@
 //! | [`collective`], [`reference`](mod@reference) | differentiable collectives; the same as plain functions over all blocks |
 //! | [`vjp`] | a function with a gradient of our own |
 //! | [`shape`], [`mod@linear`] | reshaping and linear layers that take empty blocks |
-//! | [`fused`] | element-wise chains in one pass: norms, gates, activations, rotary embedding |
+//! | [`fused`] | element-wise chains in one pass: norms, gates, activations, rotary embedding, cross-entropy |
 //! | [`attention`] | softmax attention in O(L) memory, with its logsumexp |
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`ending`] | a sub-layer's end and the switch after it, part by part, one on its way while the next is computed |

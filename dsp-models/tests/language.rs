@@ -396,6 +396,28 @@ fn a_file_of_tied_weights_has_no_head_and_gives_the_same_model_back() {
     assert_eq!(names, ["lm_head.weight"]);
 }
 
+/// The loss of tokens where the logits are zeros, of a row of three tokens from a vocabulary of two.
+fn loss_of_zeros(tokens: Vec<Vec<u32>>) -> Tensor<1> {
+    let shape = LanguageConfig::new(2, 4, 3, 1, 2, 1).shape(1, 3, &Mask::Causal);
+    let serial = Arc::new(dsp_strategies::Serial);
+    let session = Session::new(serial, dsp_core::Group::alone(), shape).unwrap();
+    let zeros = Tensor::zeros([1, 3, 1, 1, 2], &Device::flex());
+    let logits = Shard::new(zeros, session.plan().input.clone(), 0).unwrap();
+    next_token_loss(&logits, &Tokens::new(tokens).unwrap())
+}
+
+#[test]
+#[should_panic(expected = "target 2 is class 2, and there are 2, from 0")]
+fn the_loss_of_a_token_that_is_in_no_vocabulary_names_it() {
+    loss_of_zeros(vec![vec![1, 0, 2]]);
+}
+
+#[test]
+#[should_panic(expected = "tokens [1, 2] (left) for logits of [1, 3] (right)")]
+fn the_loss_of_other_tokens_than_the_models_counts_them() {
+    loss_of_zeros(vec![vec![1, 0]]);
+}
+
 #[test]
 fn the_loss_and_its_gradient_are_finite_and_exact_for_large_logits() {
     let shape = LanguageConfig::new(2, 4, 3, 1, 2, 1).shape(1, 3, &Mask::Causal);

@@ -252,3 +252,15 @@ fn what_is_no_model_and_what_are_no_images_is_said_with_the_number_and_the_rule(
     );
     assert_eq!(vit.num_params(), cast(vit.clone(), DType::F64).num_params());
 }
+
+#[test]
+#[should_panic(expected = "target 1 is class 10, and there are 10, from 0")]
+fn a_label_that_is_no_class_is_named_on_ranks_without_the_class_token_too() {
+    class_loss(Tensor::zeros([2, 0, 1, 1, 10], &Device::flex()), &[9, 10]);
+}
+
+#[test]
+#[should_panic(expected = "3 labels (left) for 2 images (right)")]
+fn labels_that_are_not_one_for_each_image_are_counted() {
+    class_loss(Tensor::zeros([2, 1, 1, 1, 10], &Device::flex()), &[1, 2, 3]);
+}

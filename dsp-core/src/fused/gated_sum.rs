@@ -79,71 +79,56 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, vectorised};
-    use super::super::rows::{Owned, Rows, add_up, blocks};
+    use super::super::rows::{Owned, Rows, WHOLE, of_groups, written};
 
     pub(super) fn forward<E: Real, const D: usize>(
         [x, gate, h]: [Tensor<D>; 3],
         groups: usize,
     ) -> Tensor<D> {
-        let mut y = Owned::<E>::of(x);
-        let [gate, h] = [gate, h].map(Rows::<E>::of);
-        let (width, rows) = (h.width(), h.count() / groups.max(1));
-        let groups = y.values().chunks_mut((rows * width).max(1)).enumerate();
-        for (group, y) in groups {
-            let gate = gate.row(group);
-            blocks(y, width, |first, block| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (row, y) in block.chunks_exact_mut(width).enumerate() {
-                            let h = h.row(group * rows + first + row);
-                            for (y, (&h, &gate)) in y.iter_mut().zip(h.iter().zip(gate)) {
-                                *y += gate * h;
-                            }
-                        }
-                    },
-                );
-            });
-        }
-        y.into_tensor()
+        let dims = x.dims();
+        let [x, gate, h] = [x, gate, h].map(Rows::<E>::of);
+        let group = x.count() / groups.max(1);
+        let (y, _) = written(dims, WHOLE, |rows, y| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        let gated = gate.row(row / group).iter().zip(h.row(row));
+                        let terms = x.row(row).iter().zip(gated);
+                        y.extend(terms.map(|(&x, (&gate, &h))| x + gate * h));
+                    }
+                },
+            );
+        });
+        y
     }
 
     pub(super) fn backward<E: Real, const D: usize>(
         [gate, h, gradient]: [Tensor<D>; 3],
         groups: usize,
     ) -> [Tensor<D>; 2] {
-        let dims = gate.dims();
-        let [gate, h] = [gate, h].map(Rows::<E>::of);
-        let (width, rows) = (h.width(), h.count() / groups.max(1));
-        // The gradient itself is the residual's, so this is a copy.
-        let mut dh = Owned::<E>::of(gradient);
-        let mut sums = vec![];
-        let chunks = dh.values().chunks_mut((rows * width).max(1));
-        for (group, dh) in chunks.enumerate() {
-            let gate = gate.row(group);
-            let of_blocks = blocks(dh, width, |first, block| {
-                let mut dgate = vec![E::ZERO; width];
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (row, dh) in block.chunks_exact_mut(width).enumerate() {
-                            let h = h.row(group * rows + first + row);
-                            let vectors = h.iter().zip(gate);
-                            for ((dh, dgate), (&h, &gate)) in
-                                dh.iter_mut().zip(&mut dgate).zip(vectors)
-                            {
-                                *dgate += *dh * h;
-                                *dh *= gate;
-                            }
+        let (dims, of_gate) = (h.dims(), gate.dims());
+        // The gradient is also that of `x`, so it is not changed.
+        let [gate, h, gradient] = [gate, h, gradient].map(Rows::<E>::of);
+        let (width, group) = (h.width(), h.count() / groups.max(1));
+        let (dh, sums) = written(dims, group, |rows, dh| {
+            let gate = gate.row(rows.start / group);
+            let mut dgate = vec![E::ZERO; width];
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        let g = gradient.row(row);
+                        for (dgate, (&g, &h)) in dgate.iter_mut().zip(g.iter().zip(h.row(row))) {
+                            *dgate += g * h;
                         }
-                    },
-                );
-                dgate
-            });
-            sums.push(add_up(of_blocks, width));
-        }
-        sums.resize_with(groups, || vec![E::ZERO; width]);
-        let dgate = Owned::from_vec(sums.concat(), &dims);
-        [dgate.into_tensor(), dh.into_tensor()]
+                        dh.extend(g.iter().zip(gate).map(|(&g, &gate)| g * gate));
+                    }
+                },
+            );
+            dgate
+        });
+        let dgate = of_groups(sums, groups, width).concat();
+        [Owned::from_vec(dgate, &of_gate).into_tensor(), dh]
     }
 }

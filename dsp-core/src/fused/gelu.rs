@@ -11,6 +11,9 @@ use crate::vjp::attach1;
 const SLOPE: f64 = 2.0 * FRAC_2_SQRT_PI / SQRT_2;
 /// `2·√(2/π)·0.044715`.
 const CUBIC: f64 = SLOPE * 0.044715;
+/// Of an `x²` beyond it the tanh is ±1 to the last bit of every type. There its derivative is 0 and must meet no
+/// infinite one of its argument, as in f16 it would from 256 on: so `x²` goes no further.
+const SETTLED: f64 = 1024.0;
 
 /// `½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))` (Hendrycks and Gimpel, arXiv:1606.08415).
 ///
@@ -51,24 +54,20 @@ fn backward<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<D> {
     portable_backward(x, gradient)
 }
 
-/// `½(1 + tanh)` and `x²`.
-fn below<const D: usize>(x: &Tensor<D>) -> (Tensor<D>, Tensor<D>) {
-    let square = x.clone() * x.clone();
-    let argument = square
-        .clone()
-        .mul_scalar(CUBIC / 2.0)
-        .add_scalar(SLOPE / 2.0)
-        * x.clone();
-    (argument.tanh().add_scalar(1.0).mul_scalar(0.5), square)
+/// `½(1 + tanh)`, given `x²`.
+fn share<const D: usize>(x: Tensor<D>, square: Tensor<D>) -> Tensor<D> {
+    let argument = square.mul_scalar(CUBIC / 2.0).add_scalar(SLOPE / 2.0) * x;
+    argument.tanh().add_scalar(1.0).mul_scalar(0.5)
 }
 
 pub(super) fn portable_forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    below(&x).0 * x
+    share(x.clone(), x.clone() * x.clone()) * x
 }
 
 pub(super) fn portable_backward<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<D> {
     // With s = ½(1 + tanh): s + x·s·(1 − s)·(the derivative of s's argument).
-    let (s, square) = below(&x);
+    let square = (x.clone() * x.clone()).clamp_max(SETTLED);
+    let s = share(x.clone(), square.clone());
     let argument = square.mul_scalar(3.0 * CUBIC).add_scalar(SLOPE);
     let change = s.clone() * s.clone().neg().add_scalar(1.0) * argument * x;
     gradient * (s + change)
@@ -79,42 +78,40 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, vectorised};
-    use super::super::rows::{Owned, Rows, blocks};
-    use super::{CUBIC, SLOPE};
+    use super::super::rows::{Rows, WHOLE, changed, written};
+    use super::{CUBIC, SETTLED, SLOPE};
 
     pub(super) fn forward<E: Real, const D: usize>(x: Tensor<D>) -> Tensor<D> {
-        let mut y = Owned::<E>::zeros(&x.dims());
-        let x = Rows::<E>::of(x);
-        let (width, slope, cubic) = (x.width(), E::of(SLOPE), E::of(CUBIC));
-        blocks(y.values(), width, |first, block| {
+        let (dims, x) = (x.dims(), Rows::<E>::of(x));
+        let (slope, cubic) = (E::of(SLOPE), E::of(CUBIC));
+        let (y, _) = written(dims, WHOLE, |rows, y| {
             vectorised(
                 #[inline(always)]
                 || {
-                    for (row, y) in block.chunks_exact_mut(width).enumerate() {
-                        for (y, &x) in y.iter_mut().zip(x.row(first + row)) {
-                            *y = x * ((slope + cubic * (x * x)) * x).logistic();
-                        }
+                    for row in rows {
+                        let gelu = |&x: &E| x * ((slope + cubic * (x * x)) * x).logistic();
+                        y.extend(x.row(row).iter().map(gelu));
                     }
                 },
             );
         });
-        y.into_tensor()
+        y
     }
 
     pub(super) fn backward<E: Real, const D: usize>(
         x: Tensor<D>,
         gradient: Tensor<D>,
     ) -> Tensor<D> {
-        let mut gradient = Owned::<E>::of(gradient);
         let x = Rows::<E>::of(x);
         let (width, slope, cubic, three) = (x.width(), E::of(SLOPE), E::of(CUBIC), E::of(3.0));
-        blocks(gradient.values(), width, |first, block| {
+        let settled = E::of(SETTLED);
+        let (dx, _) = changed::<E, _, D>(gradient, WHOLE, |first, block| {
             vectorised(
                 #[inline(always)]
                 || {
                     for (row, g) in block.chunks_exact_mut(width).enumerate() {
                         for (g, &x) in g.iter_mut().zip(x.row(first + row)) {
-                            let square = cubic * (x * x);
+                            let square = cubic * (x * x).at_most(settled);
                             let s = ((slope + square) * x).logistic();
                             let change = s * (E::ONE - s) * (slope + three * square) * x;
                             *g *= s + change;
@@ -123,6 +120,6 @@ mod flex {
                 },
             );
         });
-        gradient.into_tensor()
+        dx
     }
 }

@@ -123,7 +123,7 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, sum, sum_of_pairs, vectorised};
-    use super::super::rows::{Owned, Rows, add_up, blocks};
+    use super::super::rows::{Owned, Rows, WHOLE, changed, of_groups, written};
 
     /// The mean, and `1/√(var + ε)`.
     #[inline(always)]
@@ -141,28 +141,25 @@ mod flex {
     ) -> Tensor<D> {
         let dims = x.dims();
         let [x, weight, bias] = [x, weight, bias].map(Rows::<E>::of);
-        let (width, rows, epsilon) = (x.width(), x.count() / groups.max(1), E::of(epsilon));
-        let mut y = Owned::zeros(&dims);
-        let groups = y.values().chunks_mut((rows * width).max(1)).enumerate();
-        for (group, y) in groups {
-            let (weight, bias) = (weight.row(group), bias.row(group));
-            blocks(y, width, |first, block| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (row, y) in block.chunks_exact_mut(width).enumerate() {
-                            let x = x.row(group * rows + first + row);
-                            let (mean, scale) = moments(x, epsilon);
-                            let vectors = x.iter().zip(weight).zip(bias);
-                            for (y, ((&x, &weight), &bias)) in y.iter_mut().zip(vectors) {
-                                *y = (x - mean) * scale * weight + bias;
-                            }
-                        }
-                    },
-                );
-            });
-        }
-        y.into_tensor()
+        let (group, epsilon) = (x.count() / groups.max(1), E::of(epsilon));
+        let (y, _) = written(dims, WHOLE, |rows, y| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        let (weight, bias) = (weight.row(row / group), bias.row(row / group));
+                        let x = x.row(row);
+                        let (mean, scale) = moments(x, epsilon);
+                        let vectors = x.iter().zip(weight).zip(bias);
+                        y.extend(
+                            vectors
+                                .map(|((&x, &weight), &bias)| (x - mean) * scale * weight + bias),
+                        );
+                    }
+                },
+            );
+        });
+        y
     }
 
     pub(super) fn backward<E: Real, const D: usize>(
@@ -172,53 +169,47 @@ mod flex {
     ) -> [Tensor<D>; 3] {
         let dims = weight.dims();
         let [x, weight] = [x, weight].map(Rows::<E>::of);
-        let (width, rows, epsilon) = (x.width(), x.count() / groups.max(1), E::of(epsilon));
+        let (width, group, epsilon) = (x.width(), x.count() / groups.max(1), E::of(epsilon));
         let count = E::of(width as f64);
-        let mut gradient = Owned::<E>::of(gradient);
-        let mut sums = vec![];
-        let chunks = gradient.values().chunks_mut((rows * width).max(1));
-        for (group, gradient) in chunks.enumerate() {
-            let weight = weight.row(group);
-            // Of each block: the sums of g·x̂, then those of g.
-            let of_blocks = blocks(gradient, width, |first, block| {
-                let mut sums = vec![E::ZERO; 2 * width];
-                let (dweight, dbias) = sums.split_at_mut(width);
-                let mut normal = vec![E::ZERO; width];
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (row, g) in block.chunks_exact_mut(width).enumerate() {
-                            let x = x.row(group * rows + first + row);
-                            let (mean, scale) = moments(x, epsilon);
-                            for (normal, &x) in normal.iter_mut().zip(x) {
-                                *normal = (x - mean) * scale;
-                            }
-                            let vectors = normal.iter().zip(weight);
-                            let sums = dweight.iter_mut().zip(dbias.iter_mut());
-                            for ((g, (&normal, &weight)), (dweight, dbias)) in
-                                g.iter_mut().zip(vectors).zip(sums)
-                            {
-                                *dweight += *g * normal;
-                                *dbias += *g;
-                                *g *= weight;
-                            }
-                            let mean = sum(g, |g| g) / count;
-                            let along = sum_of_pairs(g, &normal, |g, normal| g * normal) / count;
-                            for (g, &normal) in g.iter_mut().zip(&normal) {
-                                *g = (*g - mean - normal * along) * scale;
-                            }
+        // Of each block: the sums of g·x̂, then those of g.
+        let (dx, sums) = changed(gradient, group, |first, block| {
+            let weight = weight.row(first / group);
+            let mut sums = vec![E::ZERO; 2 * width];
+            let (dweight, dbias) = sums.split_at_mut(width);
+            let mut normal = vec![E::ZERO; width];
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, g) in block.chunks_exact_mut(width).enumerate() {
+                        let x = x.row(first + row);
+                        let (mean, scale) = moments(x, epsilon);
+                        for (normal, &x) in normal.iter_mut().zip(x) {
+                            *normal = (x - mean) * scale;
                         }
-                    },
-                );
-                sums
-            });
-            sums.push(add_up(of_blocks, 2 * width));
-        }
-        sums.resize_with(groups, || vec![E::ZERO; 2 * width]);
+                        let vectors = normal.iter().zip(weight);
+                        let sums = dweight.iter_mut().zip(dbias.iter_mut());
+                        for ((g, (&normal, &weight)), (dweight, dbias)) in
+                            g.iter_mut().zip(vectors).zip(sums)
+                        {
+                            *dweight += *g * normal;
+                            *dbias += *g;
+                            *g *= weight;
+                        }
+                        let mean = sum(g, |g| g) / count;
+                        let along = sum_of_pairs(g, &normal, |g, normal| g * normal) / count;
+                        for (g, &normal) in g.iter_mut().zip(&normal) {
+                            *g = (*g - mean - normal * along) * scale;
+                        }
+                    }
+                },
+            );
+            sums
+        });
+        let sums = of_groups(sums, groups, 2 * width);
         let vectors = |half: usize| {
             let of_group = |sums: &Vec<E>| sums[half * width..][..width].to_vec();
             Owned::from_vec(sums.iter().flat_map(of_group).collect(), &dims).into_tensor()
         };
-        [gradient.into_tensor(), vectors(0), vectors(1)]
+        [dx, vectors(0), vectors(1)]
     }
 }

@@ -10,6 +10,11 @@
 //! rank's pool share. Sums over positions are taken block by block in an order that does not depend on the threads.
 //! What sums, of half-precision tensors, sums in f32 and is rounded once.
 
+#[cfg(feature = "flex")]
+mod blocks;
+mod cross_entropy;
+#[cfg(feature = "flex")]
+mod fresh;
 pub(crate) mod gated_sum;
 mod gelu;
 mod layer_norm;
@@ -26,6 +31,7 @@ mod swiglu;
 #[cfg(feature = "flex")]
 mod tests;
 
+pub use cross_entropy::{Target, assert_classes, cross_entropy};
 pub use gated_sum::gated_sum;
 pub use gelu::gelu_tanh;
 pub use layer_norm::layer_norm;

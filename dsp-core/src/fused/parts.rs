@@ -108,24 +108,19 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::Real;
-    use super::super::rows::{Owned, Rows, blocks};
+    use super::super::rows::{Rows, WHOLE, written};
 
     pub(super) fn side_by_side<E: Real, const D: usize>(parts: Vec<Tensor<D>>) -> Tensor<D> {
         let mut dims = parts[0].dims();
         dims[D - 1] = parts.iter().map(|part| part.dims()[D - 1]).sum();
-        let width = dims[D - 1];
-        let mut whole = Owned::<E>::zeros(&dims);
         let parts: Vec<_> = parts.into_iter().map(Rows::<E>::of).collect();
-        blocks(whole.values(), width, |first, block| {
-            for (row, whole) in block.chunks_exact_mut(width).enumerate() {
-                let mut rest = whole;
+        let (whole, _) = written(dims, WHOLE, |rows, whole| {
+            for row in rows {
                 for part in &parts {
-                    let (own, others) = rest.split_at_mut(part.width());
-                    own.copy_from_slice(part.row(first + row));
-                    rest = others;
+                    whole.extend_from_slice(part.row(row));
                 }
             }
         });
-        whole.into_tensor()
+        whole
     }
 }

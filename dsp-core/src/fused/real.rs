@@ -36,11 +36,15 @@ pub(crate) trait Real:
     /// The square root.
     fn root(self) -> Self;
 
-    /// `eˣ` to the last bits, without a branch or a call: `2ⁿ·eʳ` with `|r| ≤ ½·ln 2`, `eʳ` by its series. What
-    /// would overflow or underflow is held at the last normal numbers.
+    /// The smaller one of two numbers; `limit`, of what is no number.
+    fn at_most(self, limit: Self) -> Self;
+
+    /// `eˣ` to the last bits, without a branch or a call: `2ⁿ·eʳ` with `|r| ≤ ½·ln 2`, `eʳ` by its series. What would
+    /// underflow is held at the last normal numbers; what would overflow is infinite, as `n` then fills the exponent,
+    /// and from half a power of two below already.
     fn exponential(self) -> Self;
 
-    /// `1 / (1 + e⁻ˣ)`.
+    /// `1 / (1 + e⁻ˣ)`: exactly 0 far enough below 0, so that its product with any number is.
     #[inline(always)]
     fn logistic(self) -> Self {
         Self::ONE / (Self::ONE + (-self).exponential())
@@ -66,6 +70,11 @@ macro_rules! real {
             }
 
             #[inline(always)]
+            fn at_most(self, limit: Self) -> Self {
+                self.min(limit)
+            }
+
+            #[inline(always)]
             fn exponential(self) -> Self {
                 let [low, high] = $limits;
                 let x = self.clamp(low, high);
@@ -85,9 +94,9 @@ macro_rules! real {
     };
 }
 
-real!(f32, exponents: [-87.0, 88.0], shift: 12_582_912.0, bias: 127, mantissa: 23,
+real!(f32, exponents: [-87.0, 89.0], shift: 12_582_912.0, bias: 127, mantissa: 23,
       ln_2: [0.693_359_4, -2.121_944_4e-4], series: 7);
-real!(f64, exponents: [-708.0, 709.0], shift: 6_755_399_441_055_744.0, bias: 1023, mantissa: 52,
+real!(f64, exponents: [-708.0, 710.0], shift: 6_755_399_441_055_744.0, bias: 1023, mantissa: 52,
       ln_2: [6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10], series: 13);
 
 /// `1/k!`, the coefficients of the exponential series.
@@ -177,10 +186,16 @@ mod tests {
     }
 
     #[test]
-    fn the_exponential_neither_overflows_nor_wraps_round_and_passes_what_is_no_number() {
-        for x in [1e4, f64::INFINITY] {
-            assert!(x.exponential() > 1e300 && (x as f32).exponential() > 1e38);
-            assert!((-x).exponential() < 1e-300 && (-x as f32).exponential() < 1e-37);
+    fn the_exponential_overflows_to_infinity_never_wraps_round_and_passes_what_is_no_number() {
+        for x in [709.6, 1e4, f64::INFINITY] {
+            assert_eq!((x.exponential(), x.logistic()), (f64::INFINITY, 1.0));
+            assert_eq!((-x).logistic(), 0.0);
+            assert!((-x).exponential() > 0.0 && (-x).exponential() < 1e-300);
+        }
+        for x in [88.5, 1e4, f32::INFINITY] {
+            assert_eq!((x.exponential(), x.logistic()), (f32::INFINITY, 1.0));
+            assert_eq!((-x).logistic(), 0.0);
+            assert!((-x).exponential() > 0.0 && (-x).exponential() < 1e-37);
         }
         assert!(f64::NAN.exponential().is_nan() && f32::NAN.exponential().is_nan());
     }

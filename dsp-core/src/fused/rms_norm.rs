@@ -122,7 +122,7 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, sum, sum_of_pairs, vectorised};
-    use super::super::rows::{Owned, Rows, add_up, blocks};
+    use super::super::rows::{Owned, Rows, WHOLE, add_up, changed, written};
 
     /// `1/√(mean(x²) + ε)`.
     #[inline(always)]
@@ -136,26 +136,24 @@ mod flex {
         weight: Tensor<1>,
         epsilon: f64,
     ) -> Tensor<D> {
-        let mut y = Owned::<E>::zeros(&x.dims());
-        let (x, weight, epsilon) = (Rows::of(x), Rows::of(weight), E::of(epsilon));
-        let (width, weight) = (x.width(), weight.row(0));
-        blocks(y.values(), width, |first, block| {
+        let dims = x.dims();
+        let (x, weight, epsilon) = (Rows::<E>::of(x), Rows::of(weight), E::of(epsilon));
+        let weight = weight.row(0);
+        let (y, _) = written(dims, WHOLE, |rows, y| {
             vectorised(
                 #[inline(always)]
                 || {
-                    for (row, y) in block.chunks_exact_mut(width).enumerate() {
-                        let runs = x.row(first + row).chunks_exact(weight.len());
-                        for (y, x) in y.chunks_exact_mut(weight.len()).zip(runs) {
+                    for row in rows {
+                        for x in x.row(row).chunks_exact(weight.len()) {
                             let scale = scale(x, epsilon);
-                            for (y, (&x, &weight)) in y.iter_mut().zip(x.iter().zip(weight)) {
-                                *y = x * scale * weight;
-                            }
+                            let pairs = x.iter().zip(weight);
+                            y.extend(pairs.map(|(&x, &weight)| x * scale * weight));
                         }
                     }
                 },
             );
         });
-        y.into_tensor()
+        y
     }
 
     pub(super) fn backward<E: Real, const D: usize>(
@@ -166,8 +164,7 @@ mod flex {
         let (x, weight, epsilon) = (Rows::<E>::of(x), Rows::of(weight), E::of(epsilon));
         let (width, weight) = (x.width(), weight.row(0));
         let (length, count) = (weight.len(), E::of(weight.len() as f64));
-        let mut gradient = Owned::<E>::of(gradient);
-        let sums = blocks(gradient.values(), width, |first, block| {
+        let (dx, sums) = changed(gradient, WHOLE, |first, block| {
             let mut dweight = vec![E::ZERO; length];
             vectorised(
                 #[inline(always)]
@@ -194,6 +191,6 @@ mod flex {
             dweight
         });
         let dweight = Owned::from_vec(add_up(sums, length), &[length]);
-        (gradient.into_tensor(), dweight.into_tensor())
+        (dx, dweight.into_tensor())
     }
 }

@@ -93,16 +93,15 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, vectorised};
-    use super::super::rows::{Owned, Rows, blocks};
+    use super::super::rows::{Rows, WHOLE, changed};
     use super::{Angles, Pairs};
     use crate::blocks::DIMS;
 
     pub(super) fn turned<E: Real>(x: Tensor<DIMS>, angles: &Angles, pairs: Pairs) -> Tensor<DIMS> {
         let [_, positions, n1, n2, width] = x.dims();
-        let mut y = Owned::<E>::of(x);
         let [cos, sin] = [&angles.cos, &angles.sin].map(|values| Rows::<E>::of(values.clone()));
         let half = cos.width();
-        blocks(y.values(), width, |first, block| {
+        let (y, _) = changed::<E, _, DIMS>(x, WHOLE, |first, block| {
             vectorised(
                 #[inline(always)]
                 || {
@@ -132,6 +131,6 @@ mod flex {
                 },
             );
         });
-        y.into_tensor()
+        y
     }
 }

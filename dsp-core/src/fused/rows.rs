@@ -1,19 +1,17 @@
-//! Tensors on Flex seen as rows of their last dim: read through their strides, written in place where nobody else
-//! has them, in blocks that the threads of the rank's pool share.
+//! Tensors on Flex seen as rows of their last dim: read through their strides, changed in place where nobody else has
+//! them, and else written once.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use burn::backend::Flex;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
-use rayon::prelude::*;
 
+pub(crate) use super::blocks::WHOLE;
+use super::blocks::{cut, each, split};
+use super::fresh::{self, Part};
 use super::real::Real;
-
-/// How many elements a block has, about: a block and what is read beside it fit a core's own cache.
-///
-/// Blocks do not depend on the number of threads, so neither does the order of any sum.
-const BLOCK: usize = 1 << 14;
 
 /// The element types for which the fused operations have loops of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,18 +102,13 @@ impl<E: Real> Rows<E> {
     }
 }
 
-/// A tensor with storage of its own, contiguous, to be overwritten.
+/// A tensor with storage of its own, contiguous, to be changed.
 pub(crate) struct Owned<E> {
     tensor: FlexTensor,
     element: PhantomData<E>,
 }
 
 impl<E: Real> Owned<E> {
-    /// Zeros.
-    pub(crate) fn zeros(shape: &[usize]) -> Self {
-        Self::from_vec(vec![E::ZERO; shape.iter().product()], shape)
-    }
-
     /// These values.
     pub(crate) fn from_vec(values: Vec<E>, shape: &[usize]) -> Self {
         let layout = Layout::contiguous(Shape::from(shape.to_vec()));
@@ -128,24 +121,27 @@ impl<E: Real> Owned<E> {
     /// The values of `x`: in its own storage if nobody else holds that, else a copy.
     pub(crate) fn of<const D: usize>(x: Tensor<D>) -> Self {
         let shape = x.dims();
-        let count: usize = shape.iter().product();
+        Self::alone(x).unwrap_or_else(|shared| {
+            let copied = written_from(shared, WHOLE, |_, _| ());
+            Self::from_vec(copied.0, &shape)
+        })
+    }
+
+    /// The values of `x` in its own storage, or `x` if somebody else holds that too.
+    fn alone<const D: usize>(x: Tensor<D>) -> Result<Self, Tensor<D>> {
+        let count = x.shape().num_elements();
         let tensor = primitive(x);
         let layout = tensor.layout();
         let whole = layout.is_contiguous()
             && layout.start_offset() == 0
             && tensor.storage::<E>().len() == count;
-        if whole && tensor.is_unique() {
-            return Self {
+        match whole && tensor.is_unique() {
+            true => Ok(Self {
                 tensor,
                 element: PhantomData,
-            };
+            }),
+            false => Err(Tensor::from_primitive::<Flex>(tensor)),
         }
-        let rows = Rows::<E>::of(Tensor::<D>::from_primitive::<Flex>(tensor));
-        let mut values = Vec::with_capacity(count);
-        for index in 0..rows.count() {
-            values.extend_from_slice(rows.row(index));
-        }
-        Self::from_vec(values, &shape)
     }
 
     /// The values.
@@ -159,27 +155,76 @@ impl<E: Real> Owned<E> {
     }
 }
 
-/// Calls `work` for blocks of consecutive rows of `values`, each with the index of its first row; what it returns, in
-/// the order of the blocks.
-pub(crate) fn blocks<E: Real, R: Send>(
-    values: &mut [E],
-    width: usize,
-    work: impl Fn(usize, &mut [E]) -> R + Send + Sync,
-) -> Vec<R> {
-    if values.is_empty() {
-        return Vec::new();
+/// The blocks of a tensor's rows, each with the number of its elements.
+fn blocks_of<const D: usize>(shape: [usize; D], group: usize) -> Vec<(usize, Range<usize>)> {
+    cut(shape[..D - 1].iter().product(), shape[D - 1], group)
+}
+
+/// A new tensor, in blocks of consecutive rows: `write` is told which, and writes them whole. What it returns comes
+/// beside, in the order of the blocks, of which none lies in two groups of `group` rows.
+pub(crate) fn written<E: Real, R: Send, const D: usize>(
+    shape: [usize; D],
+    group: usize,
+    write: impl Fn(Range<usize>, &mut Part<'_, E>) -> R + Send + Sync,
+) -> (Tensor<D>, Vec<R>) {
+    let (values, results) = fresh::written(blocks_of(shape, group), write);
+    (Owned::from_vec(values, &shape).into_tensor(), results)
+}
+
+/// [`written`], while another tensor of that shape is changed, rows by rows.
+pub(crate) fn written_beside<E: Real, const D: usize>(
+    shape: [usize; D],
+    beside: &mut [E],
+    write: impl Fn(Range<usize>, &mut Part<'_, E>, &mut [E]) + Send + Sync,
+) -> Tensor<D> {
+    let blocks = blocks_of(shape, WHOLE);
+    let beside = split(beside, blocks.iter().map(|(elements, _)| *elements));
+    let blocks = blocks.iter().zip(beside);
+    let blocks = blocks.map(|((elements, rows), beside)| (*elements, (rows.clone(), beside)));
+    let (values, _) = fresh::written(blocks.collect(), |(rows, beside), part| {
+        write(rows, part, beside);
+    });
+    Owned::from_vec(values, &shape).into_tensor()
+}
+
+/// `x`, changed in blocks of consecutive rows, each with the index of its first: in its own storage if nobody else holds
+/// that, else in a copy that is made block by block, and changed while it is in the cache. What `change` returns comes
+/// beside, in the order of the blocks, of which none lies in two groups of `group` rows.
+pub(crate) fn changed<E: Real, R: Send, const D: usize>(
+    x: Tensor<D>,
+    group: usize,
+    change: impl Fn(usize, &mut [E]) -> R + Send + Sync,
+) -> (Tensor<D>, Vec<R>) {
+    let shape = x.dims();
+    match Owned::alone(x) {
+        Ok(mut own) => {
+            let blocks = blocks_of(shape, group);
+            let values = split(own.values(), blocks.iter().map(|(elements, _)| *elements));
+            let blocks = blocks.iter().map(|(_, rows)| rows.start).zip(values);
+            let results = each(blocks.collect(), |(first, block)| change(first, block));
+            (own.into_tensor(), results)
+        }
+        Err(shared) => {
+            let (values, results) = written_from(shared, group, change);
+            (Owned::from_vec(values, &shape).into_tensor(), results)
+        }
     }
-    let rows = (BLOCK / width).max(1);
-    let block = |(index, block): (usize, &mut [E])| work(index * rows, block);
-    if rayon::current_num_threads() == 1 || values.len() <= rows * width {
-        return values
-            .chunks_mut(rows * width)
-            .enumerate()
-            .map(block)
-            .collect();
-    }
-    let blocks = values.par_chunks_mut(rows * width).enumerate();
-    blocks.map(block).collect()
+}
+
+/// A copy of `x`, of which each block is changed once it is there.
+fn written_from<E: Real, R: Send, const D: usize>(
+    x: Tensor<D>,
+    group: usize,
+    change: impl Fn(usize, &mut [E]) -> R + Send + Sync,
+) -> (Vec<E>, Vec<R>) {
+    let (blocks, x) = (blocks_of(x.dims(), group), Rows::<E>::of(x));
+    fresh::written(blocks, |rows, part| {
+        let first = rows.start;
+        for row in rows {
+            part.extend_from_slice(x.row(row));
+        }
+        change(first, part.values())
+    })
 }
 
 /// Adds up vectors in order; zeros of `width` if there are none.
@@ -194,23 +239,36 @@ pub(crate) fn add_up<E: Real>(terms: impl IntoIterator<Item = Vec<E>>, width: us
     sum
 }
 
-/// [`blocks`] of two tensors of one shape.
-pub(crate) fn blocks_of_two<E: Real>(
-    [a, b]: [&mut [E]; 2],
-    width: usize,
-    work: impl Fn(usize, [&mut [E]; 2]) + Send + Sync,
-) {
-    if a.is_empty() {
-        return;
+/// The sums of what [`written`] and [`changed`] return of the blocks, for each of the groups.
+pub(crate) fn of_groups<E: Real>(sums: Vec<Vec<E>>, groups: usize, width: usize) -> Vec<Vec<E>> {
+    let blocks = sums.len() / groups.max(1);
+    let mut sums = sums.into_iter();
+    let of_group = |_| add_up(sums.by_ref().take(blocks), width);
+    (0..groups).map(of_group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_else_holds_is_changed_where_it_is_and_else_a_copy() {
+        let x = Tensor::<2>::from_data([[1.0f32, 2.0], [3.0, 4.0]], &Device::flex());
+        let place = |x: &Tensor<2>| Rows::<f32>::of(x.clone()).row(0).as_ptr();
+        let double = |_: usize, block: &mut [f32]| block.iter_mut().for_each(|x| *x *= 2.0);
+        let before = place(&x);
+        let (x, _) = changed(x, WHOLE, double);
+        assert_eq!(place(&x), before);
+        let (y, _) = changed(x.clone().transpose(), WHOLE, double);
+        assert_eq!(Rows::<f32>::of(y).row(1), [8.0, 16.0]);
+        assert_eq!(Rows::<f32>::of(x).row(0), [2.0, 4.0]);
     }
-    let rows = (BLOCK / width).max(1);
-    let block = |(index, (a, b)): (usize, (&mut [E], &mut [E]))| work(index * rows, [a, b]);
-    let size = rows * width;
-    if rayon::current_num_threads() == 1 || a.len() <= size {
-        let pairs = a.chunks_mut(size).zip(b.chunks_mut(size));
-        pairs.enumerate().for_each(block);
-    } else {
-        let pairs = a.par_chunks_mut(size).zip(b.par_chunks_mut(size));
-        pairs.enumerate().for_each(block);
+
+    #[test]
+    fn sums_of_blocks_are_added_up_for_each_group() {
+        let sums = vec![vec![1.0], vec![2.0], vec![3.0], vec![4.0]];
+        assert_eq!(of_groups(sums, 2, 1), [[3.0], [7.0]]);
+        assert_eq!(of_groups::<f32>(vec![], 2, 1), [[0.0], [0.0]]);
+        assert!(of_groups::<f32>(vec![], 0, 1).is_empty());
     }
 }

@@ -67,61 +67,47 @@ mod flex {
     use burn::tensor::Tensor;
 
     use super::super::real::{Real, vectorised};
-    use super::super::rows::{Owned, Rows, blocks, blocks_of_two};
+    use super::super::rows::{Owned, Rows, WHOLE, written, written_beside};
 
     pub(super) fn forward<E: Real, const D: usize>([gate, up]: [Tensor<D>; 2]) -> Tensor<D> {
-        let mut y = Owned::<E>::zeros(&up.dims());
+        let dims = up.dims();
         let [gate, up] = [gate, up].map(Rows::<E>::of);
-        let width = up.width();
-        blocks(y.values(), width, |first, block| {
+        let (y, _) = written(dims, WHOLE, |rows, y| {
             vectorised(
                 #[inline(always)]
                 || {
-                    for (row, y) in block.chunks_exact_mut(width).enumerate() {
-                        let [gate, up] = [&gate, &up].map(|rows| rows.row(first + row));
-                        for (y, (&gate, &up)) in y.iter_mut().zip(gate.iter().zip(up)) {
-                            *y = gate * gate.logistic() * up;
-                        }
+                    for row in rows {
+                        let inputs = gate.row(row).iter().zip(up.row(row));
+                        y.extend(inputs.map(|(&gate, &up)| gate * gate.logistic() * up));
                     }
                 },
             );
         });
-        y.into_tensor()
+        y
     }
 
     pub(super) fn backward<E: Real, const D: usize>(
         [gate, up]: [Tensor<D>; 2],
         gradient: Tensor<D>,
     ) -> [Tensor<D>; 2] {
-        let mut dgate = Owned::<E>::zeros(&gate.dims());
-        let mut dup = Owned::<E>::of(gradient);
+        let (dims, mut dup) = (gate.dims(), Owned::<E>::of(gradient));
         let [gate, up] = [gate, up].map(Rows::<E>::of);
         let width = up.width();
-        blocks_of_two(
-            [dgate.values(), dup.values()],
-            width,
-            |first, [dgate, dup]| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        let rows = dgate
-                            .chunks_exact_mut(width)
-                            .zip(dup.chunks_exact_mut(width));
-                        for (row, (dgate, dup)) in rows.enumerate() {
-                            let [gate, up] = [&gate, &up].map(|rows| rows.row(first + row));
-                            let inputs = gate.iter().zip(up);
-                            for ((dgate, dup), (&gate, &up)) in
-                                dgate.iter_mut().zip(dup).zip(inputs)
-                            {
-                                let (g, s) = (*dup, gate.logistic());
-                                *dgate = g * up * s * (E::ONE + gate * (E::ONE - s));
-                                *dup = g * gate * s;
-                            }
-                        }
-                    },
-                );
-            },
-        );
-        [dgate.into_tensor(), dup.into_tensor()]
+        let dgate = written_beside(dims, dup.values(), |rows, dgate, dup| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (row, dup) in rows.zip(dup.chunks_exact_mut(width)) {
+                        let inputs = gate.row(row).iter().zip(up.row(row));
+                        dgate.extend(dup.iter_mut().zip(inputs).map(|(dup, (&gate, &up))| {
+                            let (g, s) = (*dup, gate.logistic());
+                            *dup = g * gate * s;
+                            g * up * s * (E::ONE + gate * (E::ONE - s))
+                        }));
+                    }
+                },
+            );
+        });
+        [dgate, dup.into_tensor()]
     }
 }

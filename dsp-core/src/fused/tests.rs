@@ -132,6 +132,30 @@ fn swiglu_formula([gate, up]: [Tensor<4>; 2]) -> Tensor<4> {
     gate.clone() * activation::sigmoid(gate) * up
 }
 
+/// A target for each row of a tensor, some of which do not count.
+fn targets([a, b, c, classes]: [usize; 4], seed: u64) -> Vec<Target> {
+    let of_row = |row| Target {
+        class: ((noise(seed, row) + 1.0) / 2.0 * classes as f64) as u32,
+        weight: noise(seed + 1, row).max(-0.5) + 0.5,
+    };
+    (0..a * b * c).map(of_row).collect()
+}
+
+fn cross_entropy_formula(x: Tensor<4>, targets: &[Target]) -> Tensor<4> {
+    let [a, b, c, classes] = x.dims();
+    let options = (&x.device(), x.dtype());
+    let weights = targets.iter().map(|target| target.weight).collect();
+    let weights = Tensor::<4>::from_data(TensorData::new::<f64, _>(weights, [a, b, c, 1]), options);
+    let is_target = |at: usize| f64::from(targets[at / classes].class as usize == at % classes);
+    let is_target = (0..a * b * c * classes).map(is_target).collect();
+    let data = TensorData::new::<f64, _>(is_target, [a, b, c, classes]);
+    let of_target = (x.clone() * Tensor::from_data(data, options)).sum_dim(3);
+    reshape(
+        ((x.exp().sum_dim(3).log() - of_target) * weights).sum(),
+        [1; 4],
+    )
+}
+
 fn lies() -> impl Strategy<Value = Lies> {
     prop_oneof![
         Just(Lies::EndToEnd),
@@ -230,6 +254,25 @@ proptest! {
         }
     }
 
+    /// Rows of several pieces too, the last of which is short.
+    #[test]
+    fn cross_entropy_is_its_formula(
+        shape in shapes(prop_oneof![1usize..40, 1000usize..2100]), dtype in dtypes(), lies in lies(), seed in 0u64..1000,
+    ) {
+        let (inputs, targets) = ([drawn(shape, seed, dtype, lies).mul_scalar(4.0)], targets(shape, seed));
+        let operation = |[x]: [Tensor<4>; 1]| reshape(cross_entropy(x, &targets), [1; 4]);
+        let formula = |[x]: [Tensor<4>; 1]| cross_entropy_formula(x, &targets);
+        check(&inputs, operation, formula, lies);
+        let (expected, [dx]) = differentiated(&inputs, formula, lies);
+        let [x] = inputs;
+        let rows: Tensor<2> = reshape(x, [targets.len(), shape[3]]);
+        let (found, peaks) = cross_entropy::portable_forward(rows.clone(), &targets);
+        assert_close("the output", &reshape(found, [1; 4]), &expected);
+        let cotangent = reshape(drawn([1; 4], 77, dtype, lies), [1]);
+        let found = cross_entropy::portable_backward(rows, &peaks, &targets, cotangent);
+        assert_close("gradient", &reshape(found, shape), &dx);
+    }
+
     #[test]
     fn rotary_embedding_turns_each_pair_and_its_gradient_back(
         (batch, positions, n1, n2) in (1usize..3, 1usize..5, 1usize..3, 1usize..3),
@@ -303,6 +346,47 @@ proptest! {
     }
 }
 
+/// Their polynomials overflow there; gates that are shut must be so to the last bit, or they let through a part of what
+/// is huge.
+#[test]
+fn far_from_zero_gelu_and_swiglu_are_the_identity_or_nothing() {
+    let far = [1e3, 1e13, 3e19, 1e38, 1e103, 1e154, 3e200, 1e308];
+    for (dtype, largest) in [(DType::F32, 1e38), (DType::F64, 1e308)] {
+        let far = far.into_iter().filter(|&x| x <= largest);
+        let given: Vec<f64> = far.flat_map(|x| [x, -x]).collect();
+        let x = TensorData::new(given.clone(), [1, 1, 1, given.len()]);
+        let x = Tensor::<4>::from_data(x, (&Device::flex(), dtype));
+        let (held, one) = (values(&x), x.ones_like());
+        let expect = |what: &str, y: Tensor<4>, slope: Tensor<4>| {
+            for (&x, found) in held.iter().zip(values(&y).iter().zip(values(&slope))) {
+                let expected = (x.max(0.0), f64::from(x > 0.0));
+                assert_eq!((*found.0, found.1), expected, "{what} of {x}");
+            }
+        };
+        let slopes = |function: &dyn Fn(Tensor<4>) -> Tensor<4>| {
+            let leaf = x.clone().autodiff().require_grad();
+            let gradients = function(leaf.clone()).sum().backward();
+            leaf.grad(&gradients).unwrap()
+        };
+        expect("gelu", gelu_tanh(x.clone()), slopes(&gelu_tanh));
+        let portable = gelu::portable_backward(x.clone(), one.clone());
+        expect("portable gelu", gelu::portable_forward(x.clone()), portable);
+        let open = |x: Tensor<4>| swiglu(x.clone(), x.ones_like());
+        expect("swiglu", open(x.clone()), slopes(&open));
+    }
+}
+
+/// Of f16 the square of 256 is infinite.
+#[test]
+fn gelu_of_16_bits_has_a_slope_where_squares_do_not_fit() {
+    let given = [-60_000.0, -300.0, -8.0, 0.0, 8.0, 300.0, 60_000.0];
+    for dtype in [DType::F16, DType::BF16] {
+        let x = Tensor::<1>::from_data(given, (&Device::flex(), dtype));
+        let slopes = values(&gelu::portable_backward(x.clone(), x.ones_like()));
+        assert_eq!(slopes, [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]);
+    }
+}
+
 /// Every operation on tensors of many blocks, or of none.
 fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
     let [a, _, _, width] = shape;
@@ -339,6 +423,12 @@ fn all(shape: [usize; 4], dtype: DType) -> Vec<Tensor<4>> {
     add(of(differentiated(
         std::array::from_ref(&x),
         |[x]| gelu_tanh(x),
+        lies,
+    )));
+    let targets = targets(shape, 6);
+    add(of(differentiated(
+        std::array::from_ref(&x),
+        |[x]| reshape(cross_entropy(x, &targets), [1; 4]),
         lies,
     )));
     add(of(differentiated(
@@ -417,4 +507,96 @@ fn norms_and_sums_of_half_precision_are_taken_in_single_and_rounded_once() {
             );
         }
     }
+}
+
+/// The loss of one row, and its gradient.
+fn of_row(logits: Vec<f64>, class: u32, dtype: DType) -> (f64, Vec<f64>) {
+    let data = TensorData::new(logits.clone(), [1, logits.len()]);
+    let leaf = Tensor::<2>::from_data(data, (&Device::flex().autodiff(), dtype)).require_grad();
+    let loss = cross_entropy(leaf.clone(), &[Target { class, weight: 1.0 }]);
+    let gradient = leaf.grad(&loss.backward()).unwrap();
+    (values(&loss)[0], values(&gradient))
+}
+
+#[test]
+fn cross_entropy_finds_its_largest_logit_wherever_it_comes() {
+    for dtype in [DType::F32, DType::F64] {
+        for count in [1, 15, 16, 17, 1023, 1025, 3000] {
+            for largest in [0, count / 2, count - 1] {
+                let mut logits = vec![-1000.0; count];
+                logits[largest] = 1000.0;
+                let (loss, gradient) = of_row(logits, largest as u32, dtype);
+                assert_eq!(loss, 0.0);
+                assert!(gradient.iter().all(|&g| g == 0.0));
+            }
+        }
+        // Larger ones come in every piece, each of which shrinks what was summed.
+        let logits: Vec<f64> = (0..5000).map(|at| f64::from(at) / 100.0).collect();
+        let sum: f64 = logits.iter().map(|x| (x - 49.99).exp()).sum();
+        let (loss, gradient) = of_row(logits.clone(), 4990, dtype);
+        assert!((loss - (sum.ln() + 49.99 - logits[4990])).abs() < 1e-5);
+        for (at, found) in gradient.into_iter().enumerate() {
+            let expected = (logits[at] - 49.99).exp() / sum - f64::from(at == 4990);
+            assert!(
+                (found - expected).abs() < 1e-7,
+                "{at}: {found} instead of {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn classes_that_are_hidden_count_nothing_and_what_is_no_number_stays_so() {
+    for dtype in [DType::F32, DType::F64] {
+        let mut logits = vec![f64::NEG_INFINITY; 2050];
+        (logits[1500], logits[2049]) = (-300.0, -300.0);
+        let (loss, gradient) = of_row(logits.clone(), 1500, dtype);
+        assert!((loss - 2f64.ln()).abs() < 1e-7);
+        let mut expected = vec![0.0; 2050];
+        (expected[1500], expected[2049]) = (-0.5, 0.5);
+        assert_eq!(gradient, expected);
+        for unknown in [f64::NAN, f64::INFINITY] {
+            logits[3] = unknown;
+            let (loss, gradient) = of_row(logits.clone(), 1500, dtype);
+            assert!(loss.is_nan() && gradient[3].is_nan());
+        }
+        assert!(of_row(vec![f64::NEG_INFINITY; 20], 3, dtype).0.is_nan());
+    }
+}
+
+#[test]
+fn cross_entropy_of_half_precision_is_taken_in_single_and_its_gradient_rounded_once() {
+    let shape = [1, 2, 3, 700];
+    let targets = targets(shape, 3);
+    let half = drawn::<4>(shape, 3, DType::F32, Lies::EndToEnd).cast(DType::BF16);
+    let of = |x: Tensor<4>| {
+        let leaf = x.autodiff().require_grad();
+        let loss = cross_entropy(leaf.clone(), &targets);
+        let gradient = leaf.grad(&loss.backward()).unwrap();
+        (loss.inner(), gradient)
+    };
+    let ((loss, gradient), (expected, single)) = (of(half.clone()), of(half.cast(DType::F32)));
+    assert_eq!((loss.dtype(), gradient.dtype()), (DType::F32, DType::BF16));
+    assert_eq!(values(&loss), values(&expected));
+    assert_eq!(values(&gradient), values(&single.cast(DType::BF16)));
+}
+
+#[test]
+#[should_panic(expected = "target 1 is class 10, and there are 10, from 0")]
+fn a_target_that_is_no_class_is_named() {
+    let of = |class| Target { class, weight: 1.0 };
+    cross_entropy(
+        drawn([2, 10], 1, DType::F32, Lies::EndToEnd),
+        &[of(9), of(10)],
+    );
+}
+
+#[test]
+#[should_panic(expected = "1 targets (left) for the 6 rows (right) of logits [2, 3, 10]")]
+fn a_row_without_a_target_is_missed() {
+    let target = Target {
+        class: 0,
+        weight: 1.0,
+    };
+    cross_entropy(drawn([2, 3, 10], 1, DType::F32, Lies::EndToEnd), &[target]);
 }

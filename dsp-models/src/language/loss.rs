@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use dsp_core::fused::assert_classes;
 use dsp_core::{ModelShape, Shard};
 
 use super::config::TOKENS;
@@ -78,8 +79,20 @@ impl Tokens {
 /// # Shapes
 /// - `logits`: `[B, L, 1, 1, vocabulary]`, as [`CausalLm::forward`](super::CausalLm::forward) returns them
 /// - returns: `[1]`, on a rank without positions too
+///
+/// # Panics
+/// On every rank, if the logits are not those of as many rows and tokens, or a token is not in the vocabulary.
 pub fn next_token_loss(logits: &Shard, tokens: &Tokens) -> Tensor<1> {
     let [batch, length] = tokens.dims();
+    let [rows, _, _, _, vocabulary] = logits.tensor().dims();
+    let of_logits = [rows, logits.layout().lengths()[TOKENS.index()]];
+    assert_eq!(
+        tokens.dims(),
+        of_logits,
+        "next-token loss: tokens {:?} (left) for logits of {of_logits:?} (right)",
+        tokens.dims()
+    );
+    assert_classes(tokens.rows.iter().flatten().copied(), vocabulary);
     let positions: Vec<usize> = logits.positions(TOKENS).into_iter().flatten().collect();
     // A last token has no target: it counts nothing.
     let weight = 1.0 / (batch * length.saturating_sub(1)).max(1) as f64;

@@ -7,7 +7,6 @@ use burn::tensor::{DType, Tensor};
 use dsp_core::layout::select_ranges;
 
 mod activation;
-mod cross_entropy;
 mod linear;
 mod mlp;
 mod norm;
@@ -15,8 +14,7 @@ mod rotary;
 mod sincos;
 
 pub use activation::{gelu, sigmoid, silu};
-pub use cross_entropy::{Target, cross_entropy};
-pub use dsp_core::fused::Pairs;
+pub use dsp_core::fused::{Pairs, Target, cross_entropy};
 pub(crate) use linear::{buffer, parameter};
 pub use linear::{linear, linear_without_bias};
 pub use mlp::Mlp;

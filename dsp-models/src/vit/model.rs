@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
+use dsp_core::fused::assert_classes;
 use dsp_core::ledger::Phase;
 use dsp_core::linear::{affine, project};
 use dsp_core::session::{StageRun, Stages};
@@ -255,8 +256,18 @@ impl Vit {
 /// # Shapes
 /// - `logits`: as [`Vit::forward`] returns them; `labels`: one for each image
 /// - returns: `[1]`
+///
+/// # Panics
+/// On every rank, if there are not as many labels as images, or one is no class.
 pub fn class_loss(logits: Tensor<5>, labels: &[u32]) -> Tensor<1> {
-    let [_, held, ..] = logits.dims();
+    let [batch, held, _, _, classes] = logits.dims();
+    assert_eq!(
+        labels.len(),
+        batch,
+        "class loss: {} labels (left) for {batch} images (right): each has one",
+        labels.len()
+    );
+    assert_classes(labels.iter().copied(), classes);
     let target = |&class: &u32| Target {
         class,
         weight: 1.0 / labels.len() as f64,

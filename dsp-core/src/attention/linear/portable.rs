@@ -49,7 +49,8 @@ impl Problem {
     }
 }
 
-fn raised(decay: f64, power: usize) -> f64 {
+/// `decay^power`.
+pub(super) fn raised(decay: f64, power: usize) -> f64 {
     match i32::try_from(power) {
         Ok(power) => decay.powi(power),
         Err(_) => decay.powf(power as f64),

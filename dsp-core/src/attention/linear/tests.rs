@@ -358,3 +358,72 @@ fn nothing_of_any_kind_has_results_without_elements() {
         assert_eq!(gradients.value.dims(), v.dims());
     }
 }
+
+#[test]
+fn a_state_reaches_every_block_in_the_bits_of_the_portable_way_whoever_holds_the_states() {
+    let problem = cut_heads();
+    let (length, block) = (23, 4);
+    let of = |shape, seed, dtype| random(shape, seed, (&Device::flex(), dtype));
+    for dtype in [DType::F32, DType::F64] {
+        let [k, v] = [1, 2].map(|seed| of([2, length, 3, 70], seed, dtype));
+        let [q, dout] = [3, 4].map(|seed| of([2, length, 4, 70], seed, dtype));
+        let came = of([2, 4, 70, 70], 5, dtype);
+        for (direction, ab) in [
+            (Direction::Forward, [&k, &v]),
+            (Direction::Backward, [&q, &dout]),
+        ] {
+            let states = || portable::states(block, ab, direction, &problem);
+            let before = states();
+            let passed = |index: usize| match direction {
+                Direction::Forward => index * block,
+                Direction::Backward => length - length.min((index + 1) * block),
+            };
+            let expected = received::portable(before.met.clone(), &came, passed, &problem);
+            let last = before.last.clone()
+                + came.clone() * problem.passing(length, (&came.device(), dtype));
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
+                let (mut alone, mut shared) = (states(), states());
+                let held = shared.clone();
+                pool.install(|| {
+                    alone.receive(&came, &problem);
+                    shared.receive(&came, &problem);
+                });
+                for found in [alone, shared] {
+                    assert_eq!(found.met.to_data(), expected.to_data());
+                    assert_eq!(found.last.to_data(), last.to_data());
+                }
+                assert_eq!(held.met.to_data(), before.met.to_data());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_state_of_nothing_leaves_the_states_where_they_are() {
+    let problem = cut_heads();
+    let device = Device::flex();
+    let [k, v] = [1, 2].map(|seed| random([1, 300, 3, 8], seed, (&device, DType::F32)));
+    let mut states = states(&k, &v, &problem);
+    let place = |states: &States| {
+        let met = crate::fused::rows::primitive(states.met.clone());
+        (met.bytes().as_ptr(), met.bytes().to_vec())
+    };
+    let before = place(&states);
+    states.receive(
+        &Tensor::zeros([1, 4, 8, 8], (&device, DType::F32)),
+        &problem,
+    );
+    assert_eq!(place(&states), before);
+    // What comes with a single number does reach them, and in the memory that they have.
+    let mut came = vec![0.0f32; 4 * 64];
+    came[255] = 1.0;
+    let came = Tensor::from_data(TensorData::new(came, [1, 4, 8, 8]), &device);
+    states.receive(&came, &problem);
+    let after = place(&states);
+    assert_eq!(after.0, before.0);
+    assert_ne!(after.1, before.1);
+}
