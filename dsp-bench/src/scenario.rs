@@ -6,6 +6,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::time::Duration;
 
 use burn::tensor::DType;
 use dsp_models::language::Layers;
@@ -393,6 +394,18 @@ impl Rules<'_> {
             value: format!("{value:?}"),
             rule: rule.into(),
         })
+    }
+
+    /// A time to wait for: some, and at most a year, which can be added to any moment.
+    pub(crate) fn seconds(&self, key: &'static str, value: f64) -> Result<(), ScenarioError> {
+        const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
+        let waits = |time: Duration| !time.is_zero() && time <= YEAR;
+        self.hold(
+            Duration::try_from_secs_f64(value).is_ok_and(waits),
+            key,
+            &value,
+            "must be above 0, and at most a year (31622400)",
+        )
     }
 
     /// Numbers of which none may be 0.

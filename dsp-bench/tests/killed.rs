@@ -54,8 +54,8 @@ fn is_half_done(checkpoints: &Path) -> bool {
     })
 }
 
-/// Waits until the process has written a checkpoint of its own, and then somewhat longer.
-fn kill_after_a_checkpoint(mut child: Child, checkpoints: &Path, more: Duration) {
+/// Waits until the process has written a checkpoint of its own.
+fn await_checkpoint(child: &mut Child, checkpoints: &Path) {
     let before = steps_in(checkpoints).into_iter().max().unwrap_or(0);
     let start = Instant::now();
     while steps_in(checkpoints).into_iter().max().unwrap_or(0) == before {
@@ -67,9 +67,6 @@ fn kill_after_a_checkpoint(mut child: Child, checkpoints: &Path, more: Duration)
         );
         std::thread::sleep(Duration::from_micros(300));
     }
-    std::thread::sleep(more);
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
 
 #[test]
@@ -81,10 +78,12 @@ fn a_training_killed_in_a_hundred_checkpoint_writes_goes_on_from_a_whole_one_eac
     let (mut in_a_write, mut kills) = (0, 0);
     while in_a_write < WRITES {
         let begin = if kills == 0 { "--out" } else { "--resume" };
-        let child = small(&run, begin, 1_000_000).spawn().unwrap();
+        let mut child = small(&run, begin, 1_000_000).spawn().unwrap();
+        await_checkpoint(&mut child, &checkpoints);
         let uniform = Draws::new(1, Purpose::Other, kills).uniforms(1)[0];
-        let more = Duration::from_secs_f64(0.03 * uniform);
-        kill_after_a_checkpoint(child, &checkpoints, more);
+        std::thread::sleep(Duration::from_secs_f64(0.03 * uniform));
+        child.kill().unwrap();
+        child.wait().unwrap();
         kills += 1;
         in_a_write += usize::from(is_half_done(&checkpoints));
         assert!(
@@ -147,6 +146,49 @@ fn a_full_disk_ends_the_run_with_a_clear_error_and_the_last_checkpoint_stays() {
     assert!(error.contains(&run.display().to_string()), "{error}");
     assert!(steps_in(&run.join("checkpoints")).contains(&2));
     assert!(small(&run, "--resume", 5).status().unwrap().success());
+}
+
+#[test]
+fn one_training_at_a_time_writes_into_a_folder_and_a_killed_one_leaves_it_to_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let checkpoints = run.join("checkpoints");
+    let mut first = small(&run, "--out", 1_000_000).spawn().unwrap();
+    await_checkpoint(&mut first, &checkpoints);
+    for begin in ["--resume", "--out"] {
+        let mut second = small(&run, begin, 1_000_000);
+        let output = second.stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let error = said(&output);
+        assert!(error.contains("another training writes here"), "{error}");
+    }
+    assert_eq!(first.try_wait().unwrap(), None);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let last = steps_in(&checkpoints).into_iter().max().unwrap() + 2;
+    assert!(small(&run, "--resume", last).status().unwrap().success());
+}
+
+#[test]
+fn a_run_whose_data_moved_goes_on_once_it_is_told_where_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let [there, here] = ["there.txt", "here.txt"].map(|name| folder.path().join(name));
+    fs::write(&there, "Call me Ishmael. ".repeat(50)).unwrap();
+    let from = |begin: &str, data: &[&Path]| {
+        let mut command = small(&run, begin, if begin == "--out" { 2 } else { 4 });
+        for path in data {
+            command.arg("--data").arg(path);
+        }
+        command.stderr(Stdio::piped()).output().unwrap()
+    };
+    let begun = from("--out", &[&there]);
+    assert!(begun.status.success(), "{}", said(&begun));
+    fs::rename(&there, &here).unwrap();
+    let lost = said(&from("--resume", &[]));
+    assert!(lost.contains("there.txt: cannot be read"), "{lost}");
+    let found = from("--resume", &[&here]);
+    assert!(found.status.success(), "{}", said(&found));
 }
 
 #[test]

@@ -61,10 +61,11 @@ fn what_has_no_checkpoint_is_not_started_again() {
     assert_eq!(output.status.code(), Some(2));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("\"compare\" has no checkpoint"), "{errors}");
+    assert!(!errors.contains("[0]"), "it was started once: {errors}");
 }
 
 /// A language model so small that a step takes a millisecond.
-fn training(folder: &Path) -> Vec<String> {
+fn training(folder: &Path, steps: u64) -> Vec<String> {
     let mut arguments = vec!["train", "--model", "lm", "--strategy", "ring", "--out"];
     arguments.push(folder.to_str().unwrap());
     for change in [
@@ -84,7 +85,7 @@ fn training(folder: &Path) -> Vec<String> {
         arguments.extend(["--set", change]);
     }
     let mut arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-    arguments.extend(["--steps".to_owned(), STEPS.to_string()]);
+    arguments.extend(["--steps".to_owned(), steps.to_string()]);
     arguments
 }
 
@@ -110,7 +111,7 @@ fn disturbed(transport: &[&str], victim: usize, folder: &Path) -> String {
     let mut command = launch(transport);
     command
         .args(["--grace", "20", "--restarts", "1", "--"])
-        .args(training(folder));
+        .args(training(folder, STEPS));
     let start = Instant::now();
     let mut job = command
         .stdout(Stdio::null())
@@ -146,7 +147,7 @@ fn disturbed(transport: &[&str], victim: usize, folder: &Path) -> String {
 /// The curve of a training that nothing happens to, on as many ranks.
 fn undisturbed(ranks: usize, folder: &Path) -> Vec<f64> {
     let output = launch(&["-n", &ranks.to_string(), "--"])
-        .args(training(folder))
+        .args(training(folder, STEPS))
         .output();
     let output = output.unwrap();
     assert!(
@@ -202,6 +203,70 @@ mod on_mpi {
             assert!(found, "{said}");
         }
         assert_eq!(losses(&killed), expected);
+    }
+
+    #[test]
+    fn a_rank_that_is_killed_together_with_who_watches_it_ends_the_job() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = launch(&MPI);
+        command
+            .args(["--grace", "5", "--"])
+            .args(training(folder.path(), 1_000_000));
+        let mut job = command
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (start, mut said) = (Instant::now(), String::new());
+        for line in BufReader::new(job.stderr.take().unwrap()).lines() {
+            let line = line.unwrap();
+            if let Some(process) = line.strip_prefix("[1] is process ") {
+                let of = ["-o", "ppid=", "-p", process];
+                let shim = Command::new("ps").args(of).output().unwrap();
+                let shim = String::from_utf8(shim.stdout).unwrap();
+                while !has_checkpoint(folder.path()) {
+                    assert!(
+                        start.elapsed() < Duration::from_secs(60),
+                        "no checkpoint in a minute"
+                    );
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                let both = ["-9", shim.trim(), process];
+                assert!(Command::new("kill").args(both).status().unwrap().success());
+            }
+            said.push_str(&line);
+            said.push('\n');
+        }
+        assert!(!job.wait().unwrap().success(), "{said}");
+        assert!(said.contains("failed first"), "{said}");
+        assert!(start.elapsed() < Duration::from_secs(120), "{said}");
+    }
+
+    #[test]
+    fn a_mesh_of_more_ranks_than_processes_is_refused_before_the_run_is_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let begun = launch(&["-n", "2", "--"]).args(training(&run, 5)).output();
+        assert!(begun.unwrap().status.success());
+        let config = || std::fs::read_to_string(run.join("config.toml")).unwrap();
+        let before = config();
+        let mut mpirun = Command::new("mpirun");
+        mpirun.args(["-n", "2", "--oversubscribe", "--allow-run-as-root"]);
+        mpirun.arg(env!("CARGO_BIN_EXE_dsp"));
+        mpirun.args([
+            "--transport",
+            "mpi",
+            "train",
+            "--ranks",
+            "4",
+            "--steps",
+            "9",
+        ]);
+        let output = mpirun.arg("--resume").arg(&run).output().unwrap();
+        assert!(!output.status.success());
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains("4 ranks on 2 processes"), "{errors}");
+        assert_eq!(config(), before);
     }
 
     #[test]

@@ -7,10 +7,14 @@ mod common;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use common::{Refusal, linear_refusal, softmax_refusal};
 use dsp_bench::scenario::ModelKind;
-use dsp_bench::train::{Begin, Change, Line, Outcome, RunConfig, TrainError, metrics_of, train};
+use dsp_bench::train::{
+    Begin, Change, Event, Line, Outcome, RunConfig, TrainError, metrics_of, train,
+};
+use dsp_models::training::{Store, digest};
 
 /// A run of a small model: 50 steps of two samples.
 fn small(kind: ModelKind, changes: &[&str]) -> RunConfig {
@@ -275,6 +279,176 @@ fn a_hybrid_goes_on_under_other_mixtures_and_meshes() {
         ("ulysses", "1x3", 40),
     ];
     assert_resumes(ModelKind::Hybrid, &parts);
+}
+
+#[test]
+fn under_a_schedule_that_falls_a_run_of_as_many_steps_goes_on_as_if_it_had_never_stopped() {
+    let rates = |folder: &Path| -> Vec<f64> {
+        let rate = |line| match line {
+            Line::Step { learning_rate, .. } => Some(learning_rate),
+            Line::HeldOut { .. } => None,
+        };
+        let lines = metrics_of(folder).unwrap().into_iter();
+        lines.filter_map(rate).collect()
+    };
+    for (dtype, allowed) in PRECISIONS {
+        let changes = [
+            dtype,
+            "strategy=serial",
+            "mesh.sp=1",
+            "training.steps=30",
+            "training.schedule={cosine={floor=0.1}}",
+            "checkpoint_every=7",
+            "keep=9",
+        ];
+        let whole = small(ModelKind::Lm, &changes);
+        let folder = tempfile::tempdir().unwrap();
+        run(&whole, folder.path(), Begin::Fresh).unwrap();
+        let (expected, falling) = (curve(folder.path()), rates(folder.path()));
+        assert!(falling[29] < 0.2 * falling[10], "{falling:?}");
+        let others = ["strategy=ring".parse(), "mesh.sp=2".parse()].map(Result::unwrap);
+        let on_two = whole.with(&others).unwrap();
+        run(&on_two, folder.path(), Begin::Step(14)).unwrap();
+        assert_near(&curve(folder.path()), &expected, allowed, dtype);
+        assert_eq!(rates(folder.path()), falling);
+    }
+}
+
+#[test]
+fn a_run_that_goes_on_from_an_earlier_step_leaves_nothing_of_the_curve_that_it_left() {
+    let of = |steps: u64, rate: &str| {
+        let (steps, rate) = (
+            format!("training.steps={steps}"),
+            format!("training.learning_rate={rate}"),
+        );
+        let changes = [
+            "strategy=ring",
+            "mesh.sp=2",
+            "training.schedule=constant",
+            "training.warmup=0",
+            "checkpoint_every=2",
+            "keep=3",
+            &steps,
+            &rate,
+        ];
+        small(ModelKind::Lm, &changes)
+    };
+    let steps = |folder: &Path| -> Vec<Line> {
+        let mut lines = metrics_of(folder).unwrap();
+        for line in &mut lines {
+            if let Line::Step {
+                tokens_per_second, ..
+            } = line
+            {
+                *tokens_per_second = 0.0;
+            }
+        }
+        lines.retain(|line| matches!(line, Line::Step { .. }));
+        lines
+    };
+    let straight = tempfile::tempdir().unwrap();
+    run(&of(2, "0.002"), straight.path(), Begin::Fresh).unwrap();
+    run(&of(3, "0.01"), straight.path(), Begin::Latest).unwrap();
+    run(&of(8, "0.01"), straight.path(), Begin::Latest).unwrap();
+
+    let forked = tempfile::tempdir().unwrap();
+    let checkpoints = Store::open(forked.path().join("checkpoints")).unwrap();
+    run(&of(6, "0.002"), forked.path(), Begin::Fresh).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [2, 4, 6]);
+    run(&of(3, "0.01"), forked.path(), Begin::Step(2)).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [2, 3]);
+    run(&of(8, "0.01"), forked.path(), Begin::Latest).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [4, 6, 8]);
+    assert_eq!(steps(forked.path()), steps(straight.path()));
+}
+
+#[test]
+fn a_checkpoint_may_take_longer_than_ranks_wait_for_each_other() {
+    let changes = [
+        "strategy=ring",
+        "mesh.sp=2",
+        "mesh.dp=2",
+        "training.steps=2",
+        "training.warmup=0",
+        "checkpoint_every=1",
+        "deadline_seconds=2.0",
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let slow = |event: Event<'_>| {
+        if let Event::Saved(_) = event {
+            std::thread::sleep(Duration::from_secs(5));
+        }
+    };
+    let (config, engine) = (small(ModelKind::Lm, &changes), dsp_core::Engine::Threads);
+    train(
+        &config,
+        folder.path(),
+        Begin::Fresh,
+        &engine,
+        Arc::new(slow),
+    )
+    .unwrap();
+}
+
+#[test]
+#[cfg(unix)]
+fn a_file_is_read_once_and_its_digest_is_that_of_what_was_learnt_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("text");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+    assert!(made.unwrap().success());
+    let text = "Call me Ishmael. ".repeat(50);
+    let expected = format!("SHA-256 {}", digest(text.as_bytes()));
+    let into = pipe.clone();
+    std::thread::spawn(move || std::fs::write(into, text));
+    let mut config = small(ModelKind::Lm, &["training.steps=1", "training.warmup=0"]);
+    config.set_data(&pipe).unwrap();
+    let out = folder.path().join("run");
+    let (end, ends) = std::sync::mpsc::channel();
+    let own = out.clone();
+    // Nobody writes into the pipe for a second time: who reads once more waits for ever.
+    std::thread::spawn(move || end.send(run(&config, &own, Begin::Fresh)));
+    let ended = ends.recv_timeout(Duration::from_secs(60));
+    ended.expect("the file was read again").unwrap();
+    let manifest = out.join("checkpoints/step-00000001/manifest.json");
+    let manifest = std::fs::read_to_string(manifest).unwrap();
+    assert!(manifest.contains(&expected), "{manifest}");
+}
+
+#[test]
+fn data_that_a_picture_cannot_be_cut_from_are_refused_before_anything_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let refused = |config: &RunConfig, words: &str| {
+        let error = run(config, &out, Begin::Fresh).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        assert!(!out.exists());
+    };
+    let large = small(ModelKind::Vit, &["model.height=150", "model.width=150"]);
+    refused(&large, "150×150 pixels are asked for");
+    let clip = folder.path().join("clip.y4m");
+    let mut one_frame = b"YUV4MPEG2 W16 H16 F25:1 C420\nFRAME\n".to_vec();
+    one_frame.extend([128; 16 * 16 * 3 / 2]);
+    std::fs::write(&clip, one_frame).unwrap();
+    let mut config = small(ModelKind::Vit, &[]);
+    config.set_data(&clip).unwrap();
+    refused(&config, "2 frames from frame 0 on are asked for");
+}
+
+#[test]
+fn values_that_no_run_can_have_are_refused_with_their_rule() {
+    for (kind, change, words) in [
+        (ModelKind::Lm, "model.tokens=1", "model.tokens = 1"),
+        (ModelKind::Vit, "deadline_seconds=1e20", "deadline_seconds"),
+        (ModelKind::Vit, "deadline_seconds=4e7", "at most a year"),
+        (ModelKind::Vit, "deadline_seconds=1e-20", "above 0"),
+        (ModelKind::Vit, "deadline_seconds=nan", "above 0"),
+        (ModelKind::Vit, "deadline_seconds=-1.0", "above 0"),
+    ] {
+        let run = RunConfig::of_model(kind).unwrap();
+        let error = run.with(&[change.parse().unwrap()]).unwrap_err();
+        assert!(error.to_string().contains(words), "{change}: {error}");
+    }
 }
 
 #[test]

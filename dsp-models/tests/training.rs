@@ -9,13 +9,15 @@ mod common;
 
 use std::sync::Arc;
 
+use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use common::softmax_strategies;
-use dsp_core::{Group, Loss, SequenceParallel, Session, launch};
+use dsp_core::strategy::{OutputLayout, Role};
+use dsp_core::{CommError, Group, Loss, ModelShape, SequenceParallel, Session, launch};
 use dsp_models::error::ModelError;
 use dsp_models::flow::{Batch, Noised, Sampling, loss};
 use dsp_models::random::{Draws, Purpose};
-use dsp_models::training::{Trainer, TrainingConfig};
+use dsp_models::training::{Decayed, Trainer, TrainingConfig};
 use dsp_models::video_dit::{FrameMask, Init, Text, VideoDit, VideoDitConfig, roles};
 use dsp_models::weights::{cast, named_parameters};
 
@@ -137,4 +139,86 @@ fn training_lowers_the_loss_alike_under_every_strategy() {
             }
         }
     }
+}
+
+/// A parameter of each kind that decay tells apart.
+#[derive(Module, Debug)]
+struct Pair {
+    matrix: Param<Tensor<2>>,
+    vector: Param<Tensor<1>>,
+}
+
+/// The parameters after a step along gradients of 3 and 4 in the matrix and 12 in the vector: their norm is 13.
+///
+/// From 10, -10 and 10, at a rate of 0.1. AdamW's first step is g / (|g| + ε) of each, whatever the betas, so that
+/// an ε of 1/2 shows how large a gradient was; what decays loses 0.1 · 0.5 of itself besides.
+fn after_a_step(clip_norm: f64, decayed: Decayed) -> [f64; 3] {
+    let place = (&Device::flex().autodiff(), DType::F64);
+    let template = Pair {
+        matrix: Param::from_tensor(Tensor::from_data([[10.0, -10.0]], place)),
+        vector: Param::from_tensor(Tensor::from_data([10.0], place)),
+    };
+    let shape = ModelShape {
+        batch: 1,
+        lengths: vec![1],
+        hidden: 1,
+        stages: vec![],
+        output: OutputLayout::Free,
+    };
+    let serial = dsp_strategies::by_name("serial").unwrap();
+    let session = Session::new(serial, Group::alone(), shape).unwrap();
+    let config = TrainingConfig::new(1, 1, 0.1)
+        .with_epsilon(0.5)
+        .with_weight_decay(0.5)
+        .with_decayed(decayed)
+        .with_clip_norm(Some(clip_norm));
+    let role = |_: &str| Role::Replicated;
+    let mut trainer = Trainer::new(&template, role, config, &session, place.0);
+    let part = |pair: &Pair| {
+        let slopes = Tensor::<2>::from_data([[3.0, 4.0]], (&Device::flex(), DType::F64));
+        let slopes = Tensor::from_inner(slopes);
+        let loss = (pair.matrix.val() * slopes).sum() + pair.vector.val().sum().mul_scalar(12.0);
+        Ok::<_, CommError>(Loss::OfShard(loss))
+    };
+    let report = trainer.step(&session, [part]).unwrap();
+    assert!((report.gradient_norm - 13.0).abs() < 1e-12, "{report:?}");
+    let Pair { matrix, vector } = trainer.model().module.clone();
+    let values = [matrix.val().into_data(), vector.val().into_data()];
+    let values: Vec<f64> = values.iter().flat_map(|data| data.iter::<f64>()).collect();
+    values.try_into().unwrap()
+}
+
+fn assert_numbers(found: [f64; 3], expected: [f64; 3]) {
+    for (one, other) in found.iter().zip(expected) {
+        // Burn's AdamW has its constants in f32.
+        assert!(
+            (one - other).abs() < 1e-6,
+            "{found:?} instead of {expected:?}"
+        );
+    }
+}
+
+#[test]
+fn gradients_of_a_larger_norm_than_the_limit_are_scaled_down_to_it_and_others_are_not() {
+    let moved = |steps: [f64; 3]| {
+        let [first, second, third] = steps.map(|step| 0.1 * step);
+        [9.5 - first, -9.5 - second, 10.0 - third]
+    };
+    // 1.5, 2 and 6.
+    let halved = moved([1.5 / 2.0, 2.0 / 2.5, 6.0 / 6.5]);
+    assert_numbers(after_a_step(6.5, Decayed::Matrices), halved);
+    let whole = moved([3.0 / 3.5, 4.0 / 4.5, 12.0 / 12.5]);
+    for limit in [13.0001, 1e3] {
+        assert_numbers(after_a_step(limit, Decayed::Matrices), whole);
+    }
+}
+
+#[test]
+fn vectors_decay_if_all_do_and_not_if_matrices_do() {
+    let step = 0.1 * 12.0 / 12.5;
+    let [.., vector] = after_a_step(1e3, Decayed::Matrices);
+    assert!((vector - (10.0 - step)).abs() < 1e-6, "{vector}");
+    let [matrix, _, vector] = after_a_step(1e3, Decayed::All);
+    assert!((vector - (9.5 - step)).abs() < 1e-6, "{vector}");
+    assert!((matrix - (9.5 - 0.1 * 3.0 / 3.5)).abs() < 1e-6, "{matrix}");
 }

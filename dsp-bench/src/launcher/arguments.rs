@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use clap::Parser;
+
 use super::{Job, LauncherError};
+use crate::train::TrainArgs;
 
 /// The variables that say where a process stands: those of the program that started it.
 #[derive(Debug, Clone, Default)]
@@ -124,53 +127,77 @@ impl Master {
     }
 }
 
-/// What each rank does the first time.
-pub(super) fn first(job: &Job) -> Vec<OsString> {
-    let mut arguments = job.arguments.clone();
-    let named = |option: &str| value_of(&job.arguments, option).is_some();
-    if job
-        .arguments
-        .first()
-        .is_some_and(|command| command == "train")
-        && !named("--ranks")
-        && !named("--mesh")
-    {
-        arguments.extend(["--ranks".into(), job.ranks.to_string().into()]);
-    }
-    arguments
+/// A job that is a training, and so can be started again.
+#[derive(Debug)]
+pub(super) struct Training {
+    /// What each rank does, but for the mesh.
+    words: Vec<OsString>,
+    /// The words that name the mesh; none where the run itself has one of the job's ranks.
+    mesh: Vec<OsString>,
+    /// Where the run goes.
+    folder: PathBuf,
 }
 
-/// What each rank does after a failure: the training goes on from its last checkpoint, if it has one.
-pub(super) fn again(job: &Job, ranks: usize) -> Result<Vec<OsString>, LauncherError> {
-    let command = job.arguments.first().cloned().unwrap_or_default();
-    if command != "train" {
-        return Err(LauncherError::NotRestartable {
-            command: command.to_string_lossy().into_owned(),
-        });
-    }
-    let folder = value_of(&job.arguments, "--resume")
-        .or_else(|| value_of(&job.arguments, "--out"))
-        .map_or_else(
-            || {
-                let model = value_of(&job.arguments, "--model").unwrap_or_default();
-                PathBuf::from(format!("dsp-run-{}", model.to_string_lossy()))
-            },
-            PathBuf::from,
-        );
-    let mut arguments = match has_checkpoint(&folder) {
-        true => vec![command, "--resume".into(), folder.into()],
-        false => job.arguments.clone(),
-    };
-    if ranks != job.ranks {
-        for option in ["--ranks", "--mesh"] {
-            remove(&mut arguments, option);
+/// `train` and what stands behind it, as the ranks will read it.
+#[derive(Debug, clap::Parser)]
+struct Words {
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+impl Training {
+    /// The one that a job is, if it is one.
+    ///
+    /// # Errors
+    /// [`LauncherError::Words`] or [`LauncherError::Run`], which each rank would end with.
+    pub(super) fn of(job: &Job) -> Result<Option<Self>, LauncherError> {
+        if job.arguments.first().is_none_or(|word| word != "train") {
+            return Ok(None);
         }
-        arguments.extend(["--ranks".into(), ranks.to_string().into()]);
+        let Words { train } = Words::try_parse_from(&job.arguments)?;
+        let run = train.run()?;
+        let mesh = match train.mesh() {
+            Some(mesh) => vec!["--mesh".into(), mesh.to_string().into()],
+            None if run.mesh.ranks() == job.ranks => vec![],
+            None => ranks_of(job.ranks),
+        };
+        let mut words = job.arguments.clone();
+        for option in ["--ranks", "--mesh"] {
+            remove(&mut words, option);
+        }
+        Ok(Some(Self {
+            words,
+            mesh,
+            folder: train.folder(&run),
+        }))
     }
-    Ok(match arguments == job.arguments {
-        true => first(job),
-        false => arguments,
-    })
+
+    /// What each rank does the first time.
+    pub(super) fn first(&self) -> Vec<OsString> {
+        [&self.words[..], &self.mesh].concat()
+    }
+
+    /// What each rank does after a failure: it goes on from the last checkpoint, if there is one, on `ranks` ranks if
+    /// those are other ones than the job's.
+    pub(super) fn again(&self, job: &Job, ranks: usize) -> Vec<OsString> {
+        let mesh = match ranks == job.ranks {
+            true => self.mesh.clone(),
+            false => ranks_of(ranks),
+        };
+        let words = match has_checkpoint(&self.folder) {
+            true => vec![
+                "train".into(),
+                "--resume".into(),
+                self.folder.clone().into(),
+            ],
+            false => self.words.clone(),
+        };
+        [words, mesh].concat()
+    }
+}
+
+fn ranks_of(ranks: usize) -> Vec<OsString> {
+    vec!["--ranks".into(), ranks.to_string().into()]
 }
 
 fn has_checkpoint(folder: &Path) -> bool {
@@ -179,16 +206,7 @@ fn has_checkpoint(folder: &Path) -> bool {
         .is_ok_and(|latest| latest.is_some())
 }
 
-/// The value of an option, as `--name value` or `--name=value`.
-fn value_of(arguments: &[OsString], option: &str) -> Option<OsString> {
-    let at = arguments.iter().position(|word| is_option(word, option))?;
-    let word = arguments[at].to_string_lossy();
-    match word.split_once('=') {
-        Some((_, value)) => Some(value.into()),
-        None => arguments.get(at + 1).cloned(),
-    }
-}
-
+/// Takes an option and its value out, as `--name value` or `--name=value`.
 fn remove(arguments: &mut Vec<OsString>, option: &str) {
     while let Some(at) = arguments.iter().position(|word| is_option(word, option)) {
         let words = if arguments[at] == option { 2 } else { 1 };
@@ -210,6 +228,8 @@ mod tests {
 
     use super::super::TransportKind;
     use super::*;
+    use crate::scenario::ModelKind;
+    use crate::train::RunConfig;
 
     fn environment(variables: &[(&str, &str)]) -> Environment {
         Environment::new(
@@ -279,24 +299,54 @@ mod tests {
         assert!(environment(&[]).meeting(Place::ALONE).is_some());
     }
 
+    fn training(job: &Job) -> Training {
+        Training::of(job).unwrap().unwrap()
+    }
+
     #[test]
-    fn a_training_gets_the_jobs_ranks_unless_it_names_a_mesh() {
-        let words = |arguments: &[&str]| first(&job(arguments, 3)).join(OsStr::new(" "));
-        assert_eq!(
-            words(&["train", "--model", "lm"]),
-            "train --model lm --ranks 3"
-        );
-        assert_eq!(words(&["train", "--mesh=sp=3"]), "train --mesh=sp=3");
-        assert_eq!(words(&["compare"]), "compare");
+    fn a_training_gets_the_jobs_ranks_unless_it_has_or_names_a_mesh_of_its_own() {
+        let words = |arguments: &[&str], ranks| {
+            let first = training(&job(arguments, ranks)).first();
+            let words: Vec<_> = first.iter().map(|word| word.to_string_lossy()).collect();
+            words.join(" ")
+        };
+        let lm = ["train", "--model", "lm"];
+        assert_eq!(words(&lm, 3), "train --model lm --ranks 3");
+        assert_eq!(words(&lm, 2), "train --model lm");
+        let named = ["train", "--mesh=sp=2,dp=2", "--model", "lm"];
+        assert_eq!(words(&named, 4), "train --model lm --mesh sp=2,dp=2");
+
+        // A file's mesh, and that of a run that is gone on with.
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("config.toml");
+        let changes = ["mesh.sp=2", "mesh.dp=2", "model.layers=linear"];
+        let changes = changes.map(|text| text.parse().unwrap());
+        let run = RunConfig::of_model(ModelKind::Lm).unwrap();
+        std::fs::write(&file, run.with(&changes).unwrap().to_toml().unwrap()).unwrap();
+        let (file, folder) = (file.to_str().unwrap(), folder.path().to_str().unwrap());
+        for given in [["--config", file], ["--resume", folder]] {
+            let arguments = [&["train"], &given[..]].concat();
+            assert_eq!(words(&arguments, 4), arguments.join(" "));
+            let of_two = arguments.join(" ") + " --ranks 2";
+            assert_eq!(words(&arguments, 2), of_two);
+        }
+        let by_file = training(&job(&["train", "--config", file], 4));
+        assert_eq!(by_file.folder, Path::new("dsp-run-linear-lm"));
+        let by_words = ["train", "--model=lm", "--set", "model.layers=linear"];
+        let by_words = training(&job(&by_words, 4));
+        assert_eq!(by_words.folder, Path::new("dsp-run-linear-lm"));
+        let resumed = training(&job(&["train", "--resume", folder], 4));
+        assert_eq!(resumed.folder, Path::new(folder));
     }
 
     #[test]
     fn a_training_without_a_checkpoint_begins_anew_and_one_with_goes_on() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().to_str().unwrap();
-        let training = job(&["train", "--model", "lm", "--ranks=4", "--out", out], 4);
-        assert_eq!(again(&training, 4).unwrap(), training.arguments);
-        let fewer = again(&training, 3).unwrap();
+        let job = job(&["train", "--model", "lm", "--ranks=4", "--out", out], 4);
+        let training = training(&job);
+        assert_eq!(training.again(&job, 4), training.first());
+        let fewer = training.again(&job, 3);
         let expected = ["train", "--model", "lm", "--out", out, "--ranks", "3"];
         assert_eq!(fewer, expected.map(OsString::from));
 
@@ -304,21 +354,25 @@ mod tests {
         store
             .save(5, &[("a", vec![1_u8])], std::num::NonZeroUsize::MIN)
             .unwrap();
-        let on = again(&training, 4).unwrap();
-        assert_eq!(on, ["train", "--resume", out].map(OsString::from));
-        let fewer = again(&training, 2).unwrap();
-        assert_eq!(
-            fewer,
-            ["train", "--resume", out, "--ranks", "2"].map(OsString::from)
-        );
+        let on = training.again(&job, 4);
+        let expected = ["train", "--resume", out, "--mesh", "sp=4,dp=1"];
+        assert_eq!(on, expected.map(OsString::from));
+        let fewer = training.again(&job, 2);
+        let expected = ["train", "--resume", out, "--ranks", "2"];
+        assert_eq!(fewer, expected.map(OsString::from));
     }
 
     #[test]
-    fn only_a_training_is_started_again() {
-        let error = again(&job(&["compare"], 2), 2).unwrap_err();
-        assert!(
-            error.to_string().contains("\"compare\" has no checkpoint"),
-            "{error}"
-        );
+    fn what_is_no_training_is_none_and_a_wrong_one_is_refused_before_it_is_started() {
+        assert!(Training::of(&job(&["compare"], 2)).unwrap().is_none());
+        for (arguments, word) in [
+            (&["train"][..], "--model"),
+            (&["train", "--model", "ml"], "ml"),
+            (&["train", "--resume", "none"], "none"),
+            (&["train", "--model", "lm", "--set", "mesh.sp=0"], "mesh.sp"),
+        ] {
+            let error = Training::of(&job(arguments, 2)).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
     }
 }

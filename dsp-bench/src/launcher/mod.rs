@@ -12,10 +12,12 @@
 //! out and to say what they saw; then all are ended, and the launcher returns the first one's exit code. A
 //! training can then be started again from its last checkpoint.
 //!
-//! Whoever is started dies with who started it: its standard input closes ([`die_with_parent`]).
+//! Whoever is started dies with who started it: its standard input closes ([`die_with_parent`]). Of ranks on other
+//! machines `mpirun` may not tell that they are gone: their shims say now and then that they live (`silence.rs`).
 
 mod arguments;
 mod process;
+mod silence;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -23,8 +25,12 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use arguments::Training;
 pub use arguments::{Environment, Place};
 pub use process::{TIED, die_with_parent, run_rank};
+use silence::Silence;
+
+use crate::train::RunConfigError;
 
 /// What moves data between a job's ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -76,6 +82,12 @@ pub enum LauncherError {
         /// The subcommand.
         command: String,
     },
+    /// Arguments that are none of a training.
+    #[error("{0}")]
+    Words(#[from] clap::Error),
+    /// A training that cannot be.
+    #[error(transparent)]
+    Run(#[from] RunConfigError),
     /// A rank that cannot be asked how it is.
     #[error("waiting for a rank: {0}")]
     Wait(#[source] std::io::Error),
@@ -91,6 +103,13 @@ fn hint(program: &str) -> &'static str {
 /// How often the processes are looked at while they are quiet.
 const GLANCE: Duration = Duration::from_millis(50);
 
+/// How long a rank of which its shim speaks may say nothing. What ends them both, or their machine, may leave `mpirun`
+/// waiting for ever.
+const SILENT: Duration = Duration::from_secs(30);
+
+/// The exit code of a rank that is silent for too long.
+const GONE: i32 = 72;
+
 /// How long what was said last is waited for.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -99,6 +118,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 enum Event {
     /// A rank said something.
     Line(Option<usize>, Stream, String),
+    /// A shim says that its rank lives.
+    Alive(usize),
     /// A shim says that its rank ended, with this exit code.
     Ended(usize, i32),
 }
@@ -116,7 +137,17 @@ enum Stream {
 /// # Errors
 /// [`LauncherError`] if a process cannot be started, or the job is none that can be started again.
 pub fn run(job: &Job, environment: &Environment) -> Result<i32, LauncherError> {
-    let mut arguments = arguments::first(job);
+    let training = Training::of(job)?;
+    if training.is_none() && job.restarts > 0 {
+        let command = job.arguments.first().cloned().unwrap_or_default();
+        return Err(LauncherError::NotRestartable {
+            command: command.to_string_lossy().into_owned(),
+        });
+    }
+    let mut arguments = match &training {
+        Some(training) => training.first(),
+        None => job.arguments.clone(),
+    };
     let mut ranks = job.ranks;
     for attempt in 0.. {
         let failed = run_once(job, ranks, &arguments, environment)?;
@@ -124,11 +155,11 @@ pub fn run(job: &Job, environment: &Environment) -> Result<i32, LauncherError> {
             return Ok(0);
         };
         say(&format!("rank {rank} failed first, with exit code {code}"));
-        if attempt == job.restarts {
+        let Some(training) = training.as_ref().filter(|_| attempt < job.restarts) else {
             return Ok(code);
-        }
+        };
         ranks = ranks.saturating_sub(job.fewer).max(1);
-        arguments = arguments::again(job, ranks)?;
+        arguments = training.again(job, ranks);
         let words: Vec<_> = arguments
             .iter()
             .map(|word| word.to_string_lossy())
@@ -163,7 +194,7 @@ fn run_once(
     let mut started = Vec::new();
     let commands = commands(job, ranks, arguments, environment);
     let first = start(commands, &events, &mut started)
-        .and_then(|()| watch(&happens, &mut started, job.grace));
+        .and_then(|()| watch(&happens, &mut started, job.grace, Silence::new(SILENT)));
     drop(events);
     for (_, child) in &mut started {
         process::end(child).map_err(LauncherError::Wait)?;
@@ -183,6 +214,7 @@ fn watch(
     happens: &Receiver<Event>,
     started: &mut [(usize, Child)],
     grace: Duration,
+    mut silence: Silence,
 ) -> Result<Option<(usize, i32)>, LauncherError> {
     let mut first: Option<(usize, i32)> = None;
     let mut until: Option<Instant> = None;
@@ -196,9 +228,24 @@ fn watch(
     let mut ended = vec![false; started.len()];
     let mut end = None;
     while ended.contains(&false) && end.is_none_or(|end| Instant::now() < end) {
-        match happens.recv_timeout(GLANCE) {
+        let next = happens.try_recv().or_else(|_| {
+            // All that was said has been heard.
+            if let Some(rank) = silence.glance(Instant::now()) {
+                let limit = silence.limit();
+                say(&format!(
+                    "rank {rank} was not heard of for {limit:?}: it or its machine is gone"
+                ));
+                end = note(rank, GONE);
+            }
+            happens.recv_timeout(GLANCE)
+        });
+        match next {
             Ok(Event::Line(rank, stream, text)) => process::show(rank, stream, &text),
-            Ok(Event::Ended(rank, code)) => end = note(rank, code),
+            Ok(Event::Alive(rank)) => silence.heard(rank),
+            Ok(Event::Ended(rank, code)) => {
+                silence.ended(rank);
+                end = note(rank, code);
+            }
             // Quiet: how are they? Of `mpirun`'s ranks the shims have told before it ends.
             Err(_) => {
                 for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
@@ -283,6 +330,22 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    #[cfg(unix)]
+    fn a_rank_that_says_nothing_any_more_has_failed_though_nothing_has_ended() {
+        let (events, happens) = mpsc::channel();
+        let mut sleeps = Command::new("sleep");
+        let child = process::start(sleeps.arg("60"), None, &events).unwrap();
+        let mut started = vec![(0, child)];
+        for event in [Event::Alive(0), Event::Alive(1), Event::Ended(0, 0)] {
+            events.send(event).unwrap();
+        }
+        let silence = Silence::new(Duration::from_millis(200));
+        let first = watch(&happens, &mut started, Duration::ZERO, silence).unwrap();
+        assert_eq!(first, Some((1, GONE)));
+        process::end(&mut started[0].1).unwrap();
+    }
 
     #[test]
     fn ranks_with_a_gpu_each_are_told_which_and_where_to_meet() {

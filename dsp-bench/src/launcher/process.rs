@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ pub const TIED: &str = "DSP_DIES_WITH_PARENT";
 
 /// What a shim tells the launcher begins with this.
 const MARK: char = '\u{1}';
+
+/// How often a shim says that it lives.
+const PULSE: Duration = Duration::from_secs(2);
 
 /// How long a process has to end when it is asked to.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -87,6 +90,7 @@ fn read(rank: Option<usize>, stream: Stream, line: &str) -> Event {
         let (kind, text) = rest.split_once(MARK)?;
         let rank = rank.parse().ok()?;
         Some(match kind {
+            "alive" => Event::Alive(rank),
             "ended" => Event::Ended(rank, text.parse().ok()?),
             "error" => Event::Line(Some(rank), Stream::Error, text.to_owned()),
             _ => Event::Line(Some(rank), Stream::Output, text.to_owned()),
@@ -148,8 +152,8 @@ pub fn die_with_parent() {
     });
 }
 
-/// The shim that `mpirun` starts as rank: runs `program`, names its lines, and says how it ended, which `mpirun`
-/// would not tell of each rank. Returns the exit code.
+/// The shim that `mpirun` starts as rank: runs `program`, names its lines, says now and then that it lives, and at last
+/// how it ended, which `mpirun` would not tell of each rank. Returns the exit code.
 ///
 /// # Errors
 /// What the system says if the program cannot be started.
@@ -165,6 +169,15 @@ pub fn run_rank(
     command.envs(place.variables(&environment.master()));
     let mut child = spawn(&mut command)?;
     say(rank, "error", &format!("is process {}", child.id()));
+    let (running, runs) = mpsc::channel::<()>();
+    let pulse = thread::spawn(move || {
+        loop {
+            say(rank, "alive", "");
+            if runs.recv_timeout(PULSE) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+        }
+    });
     let output = child
         .stdout
         .take()
@@ -174,7 +187,9 @@ pub fn run_rank(
     let tie = child.stdin.take();
     let code = code(child.wait()?);
     drop(tie);
-    for listener in [output, error].into_iter().flatten() {
+    // Nothing is said of a rank after its end.
+    drop(running);
+    for listener in [Some(pulse), output, error].into_iter().flatten() {
         let _ = listener.join();
     }
     say(rank, "ended", &code.to_string());
@@ -220,6 +235,10 @@ mod tests {
         assert!(matches!(
             read(None, Stream::Output, "\u{1}12\u{1}ended\u{1}137"),
             Event::Ended(12, 137)
+        ));
+        assert!(matches!(
+            read(None, Stream::Output, "\u{1}12\u{1}alive\u{1}"),
+            Event::Alive(12)
         ));
         for other in ["", "mpirun noticed", "\u{1}x\u{1}ended\u{1}0"] {
             let Event::Line(Some(1), _, text) = read(Some(1), Stream::Output, other) else {

@@ -60,11 +60,16 @@ impl LanguageSizes {
 impl Sizes for LanguageSizes {
     fn check(&self, _batch: usize, rules: &Rules<'_>) -> Result<(), ScenarioError> {
         rules.at_least_one(&[
-            ("model.tokens", self.tokens),
             ("model.depth", self.depth),
             ("model.inner", self.inner),
             ("model.key_value_heads", self.key_value_heads),
         ])?;
+        rules.hold(
+            self.tokens >= 2,
+            "model.tokens",
+            &self.tokens,
+            "must be at least 2: each token is said from those before it",
+        )?;
         rules.heads(self.hidden, self.heads)?;
         let wrong = self.config().check().err().map(|error| error.to_string());
         rules.hold(

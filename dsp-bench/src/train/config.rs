@@ -7,9 +7,10 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use dsp_core::session::Watch;
-use dsp_models::training::{Mesh, Subject, TrainingConfig, TrainingConfigError, digest};
+use dsp_models::training::{Mesh, Subject, TrainingConfig, TrainingConfigError};
 use serde::{Deserialize, Serialize};
 
+use super::data::Data;
 use super::vit::TURNS;
 use crate::devices::DeviceChoice;
 use crate::scenario::{ModelKind, ModelSizes, Precision, Rules, ScenarioError};
@@ -105,6 +106,9 @@ pub enum RunConfigError {
     /// Another value that breaks a rule.
     #[error(transparent)]
     Rule(#[from] ScenarioError),
+    /// No run at all.
+    #[error("what to train: name a --model, a --config or a run to --resume")]
+    Unnamed,
     /// It cannot be written again.
     #[error("the configuration cannot be written: {0}")]
     Unwritable(toml::ser::Error),
@@ -176,12 +180,7 @@ impl RunConfig {
             ("mesh.sp", self.mesh.sp),
             ("mesh.dp", self.mesh.dp),
         ])?;
-        rules.hold(
-            self.deadline_seconds.is_finite() && self.deadline_seconds > 0.0,
-            "deadline_seconds",
-            &self.deadline_seconds,
-            "must be above 0 and finite",
-        )?;
+        rules.seconds("deadline_seconds", self.deadline_seconds)?;
         let checked = self.training.check();
         checked.map_err(|source| RunConfigError::Training {
             file: file.to_owned(),
@@ -227,12 +226,13 @@ impl RunConfig {
     }
 
     /// Another data file than the one that is named, or the built-in one. Its whole path is kept, so that the run
-    /// can be gone on with from anywhere.
+    /// can be gone on with from anywhere. Whether it is there is seen when it is read: it may have moved, and yet
+    /// another one be named.
     ///
     /// # Errors
-    /// [`RunConfigError::Unreadable`] if it is not there.
+    /// [`RunConfigError::Unreadable`] if it is none, or is relative to a folder that is not there.
     pub fn set_data(&mut self, path: &Path) -> Result<(), RunConfigError> {
-        let whole = path.canonicalize().map_err(unreadable(path))?;
+        let whole = std::path::absolute(path).map_err(unreadable(path))?;
         *self.model.sizes_mut().file() = Some(whole);
         Ok(())
     }
@@ -275,28 +275,21 @@ impl RunConfig {
     }
 
     /// What a checkpoint must be of to be gone on from: the model with its sizes, and the data, wherever they are.
-    ///
-    /// # Errors
-    /// [`RunConfigError::Unreadable`] if the data cannot be read.
-    pub fn subject(&self) -> Result<Subject, RunConfigError> {
+    pub(super) fn subject(&self, data: Option<&Data>) -> Subject {
         let mut model = self.model.clone();
-        let data = match model.sizes_mut().file().take() {
-            Some(path) => {
-                let bytes = std::fs::read(&path).map_err(unreadable(&path))?;
-                format!("SHA-256 {}", digest(&bytes))
-            }
-            None => "built in".to_owned(),
-        };
-        // A model's sizes are numbers and names.
-        let model = serde_json::to_string(&model).unwrap_or_default();
-        Ok(Subject { model, data })
+        *model.sizes_mut().file() = None;
+        Subject {
+            // A model's sizes are numbers and names.
+            model: serde_json::to_string(&model).unwrap_or_default(),
+            data: Data::name(data),
+        }
     }
 }
 
 /// What errors call a value that was given beside a file.
 const COMMAND_LINE: &str = "the command line";
 
-fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> RunConfigError {
+pub(super) fn unreadable(path: &Path) -> impl FnOnce(std::io::Error) -> RunConfigError {
     let file = path.display().to_string();
     move |source| RunConfigError::Unreadable { file, source }
 }

@@ -9,9 +9,10 @@ use dsp_core::{Loss, Mask, ModelShape, Session};
 use dsp_models::language::{CausalLm, LanguageConfig, Tokens, next_token_loss, roles};
 use dsp_models::random::{Draws, Purpose};
 
+use super::data::Data;
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
 use crate::subject::{LanguageSizes, SubjectError};
-use crate::text::{TextError, VOCABULARY};
+use crate::text::{BUILT_IN_NAME, Text, TextError, VOCABULARY};
 
 /// Bytes that are generated to show what was learnt.
 const GENERATED: usize = 400;
@@ -30,16 +31,18 @@ pub(super) struct NextByte {
 }
 
 impl NextByte {
-    pub(super) fn new(sizes: &LanguageSizes) -> Result<Self, SubjectError> {
-        let text = sizes.read_text()?;
-        let bytes = text.bytes();
+    pub(super) fn new(sizes: &LanguageSizes, data: Option<Data>) -> Result<Self, SubjectError> {
+        let (name, bytes) = match data {
+            Some(data) => (data.file, data.bytes),
+            None => (BUILT_IN_NAME.to_owned(), Text::built_in().bytes().to_vec()),
+        };
         let (learnt, held_out) = bytes.split_at(bytes.len() - bytes.len() / 10);
         for part in [learnt, held_out] {
-            if part.len() < sizes.tokens.max(2) {
+            if part.len() < sizes.tokens {
                 return Err(TextError::Short {
-                    name: format!("{}, its last tenth held out", text.name()),
+                    name: format!("{name}, its last tenth held out"),
                     bytes: part.len(),
-                    length: sizes.tokens.max(2),
+                    length: sizes.tokens,
                 }
                 .into());
             }
@@ -185,8 +188,8 @@ impl Task for NextByte {
     }
 
     fn show(&self, module: &CausalLm, stage: &Stage<'_>) -> Result<Vec<Shown>, SubjectError> {
-        // At least one byte to begin with, at least one to go on with.
-        let prompt = PROMPT.min(self.tokens - 1).max(1);
+        // At least one byte to go on with.
+        let prompt = PROMPT.min(self.tokens - 1);
         let mut text: Vec<u8> = self.held_out[..prompt].to_vec();
         let draws = Draws::new(stage.seed, Purpose::Other, 0).uniforms(GENERATED);
         for uniform in draws {

@@ -3,14 +3,20 @@
 //! | file | what it is |
 //! |---|---|
 //! | config | [`RunConfig`]: what is trained and how |
+//! | arguments | [`TrainArgs`]: what a command line says of it |
+//! | data | the file that it learns from, if it names one, and that file's digest |
 //! | task | a model with its data, what it is measured by, how it shows what it has learnt |
 //! | language, video, vit, weather | the tasks |
 //! | run | the ranks' loop: steps, evaluations, checkpoints |
+//! | folder | where it writes: its lock, its configuration, its metrics |
 //! | picture | frames and maps as PNG files |
 //! | watch | what happens, on stderr: a bar on a terminal, lines elsewhere |
 //! | page | the run as one HTML page: curves, what was to be beaten, what was learnt |
 
+mod arguments;
 mod config;
+mod data;
+mod folder;
 mod language;
 mod page;
 mod picture;
@@ -24,13 +30,16 @@ mod weather;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use arguments::TrainArgs;
 pub use config::{Change, ChangeError, RunConfig, RunConfigError};
+pub use folder::{config_of, metrics_of};
 pub use page::{PageError, render};
 pub use picture::PictureError;
-pub use run::{Begin, Event, Line, Outcome, TrainError, config_of, metrics_of};
+pub use run::{Begin, Event, Line, Outcome, TrainError};
 pub use task::{Baseline, Measure, Shown};
 pub use watch::Watch;
 
+use data::Data;
 use dsp_core::Engine;
 
 use crate::scenario::ModelSizes;
@@ -47,34 +56,36 @@ pub fn train(
     engine: &Engine,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 ) -> Result<Outcome, TrainError> {
+    let data = Data::of(config)?;
+    let subject = config.subject(data.as_ref());
     match &config.model {
         ModelSizes::Language(sizes) => run::run(
-            language::NextByte::new(sizes)?,
-            config,
+            language::NextByte::new(sizes, data)?,
+            (config, subject),
             folder,
             begin,
             engine,
             watch,
         ),
         ModelSizes::Video(sizes) => run::run(
-            video::Velocity::new(sizes)?,
-            config,
+            video::Velocity::new(sizes, data)?,
+            (config, subject),
             folder,
             begin,
             engine,
             watch,
         ),
         ModelSizes::Vit(sizes) => run::run(
-            vit::WhichWayUp::new(sizes)?,
-            config,
+            vit::WhichWayUp::new(sizes, data)?,
+            (config, subject),
             folder,
             begin,
             engine,
             watch,
         ),
         ModelSizes::Weather(sizes) => run::run(
-            weather::NextFields::new(sizes)?,
-            config,
+            weather::NextFields::new(sizes, data)?,
+            (config, subject),
             folder,
             begin,
             engine,

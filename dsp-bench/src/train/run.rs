@@ -2,15 +2,17 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
+use dsp_core::collective::all_reduce_in;
+use dsp_core::ledger::Phase;
 use dsp_core::{
     CommError, Engine, Group, Launch, LaunchError, PlanError, SequenceParallel, Session,
 };
@@ -22,14 +24,10 @@ use dsp_strategies::UnknownStrategy;
 use serde::{Deserialize, Serialize};
 
 use super::config::{RunConfig, RunConfigError};
+use super::folder::{CHECKPOINTS, CONFIG, Lock, Metrics, SAMPLES, failed, write_config};
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
 use crate::devices::{DeviceError, Devices};
 use crate::subject::SubjectError;
-
-const CONFIG: &str = "config.toml";
-const METRICS: &str = "metrics.jsonl";
-const CHECKPOINTS: &str = "checkpoints";
-const SAMPLES: &str = "samples";
 
 /// Why a run did not begin or did not end well.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +66,15 @@ pub enum TrainError {
         folder.display(), folder.display()
     )]
     Taken {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A folder that is another training's.
+    #[error(
+        "{}: another training writes here; wait for its end, or name another folder by --out",
+        folder.display()
+    )]
+    Busy {
         /// The folder.
         folder: PathBuf,
     },
@@ -126,11 +133,6 @@ impl From<StoreError> for TrainError {
     fn from(error: StoreError) -> Self {
         Self::Snapshot(error.into())
     }
-}
-
-fn failed(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> TrainError {
-    let path = path.to_owned();
-    move |source| TrainError::Io { what, path, source }
 }
 
 /// Where a run begins.
@@ -200,7 +202,7 @@ pub enum Line {
 }
 
 impl Line {
-    fn step(&self) -> u64 {
+    pub(super) fn step(&self) -> u64 {
         match self {
             Self::Step { step, .. } | Self::HeldOut { step, .. } => *step,
         }
@@ -235,7 +237,7 @@ impl Outcome {
 /// [`TrainError`]: whatever can be known before the first step is.
 pub(super) fn run<T: Task>(
     task: T,
-    config: &RunConfig,
+    (config, subject): (&RunConfig, Subject),
     folder: &Path,
     begin: Begin,
     engine: &Engine,
@@ -247,12 +249,19 @@ pub(super) fn run<T: Task>(
     (config.device).open(engine, config.training.compute.dtype(config.dtype.dtype()))?;
     let largest = largest_part(config);
     strategy.plan(&task.shape(largest), config.mesh.sp)?;
-    let subject = config.subject()?;
     let checkpoints = folder.join(CHECKPOINTS);
     let template = cast(task.template(config.training.seed)?, config.dtype.dtype());
     let measure = task.measure();
     let baselines = task.baselines()?;
 
+    // Where ranks are processes, one of them writes: what several tidied up they would take from each other.
+    let writes = engine.held(1).contains(&0);
+    if writes && begin == Begin::Fresh {
+        fs::create_dir_all(folder).map_err(failed("cannot be made", folder))?;
+    }
+    // Before it is looked at what there is: another training would change it. (Here and not beside the writer, for ranks
+    // may drop that a moment after the launch has returned.)
+    let _lock = writes.then(|| Lock::take(folder)).transpose()?;
     let start = match begin {
         Begin::Fresh => {
             if Store::existing(&checkpoints)
@@ -271,10 +280,11 @@ pub(super) fn run<T: Task>(
     };
     let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
     let samples = folder.join(SAMPLES);
-    // Where ranks are processes, one of them writes: what several tidied up they would take from each other.
-    let writer = match engine.held(1).contains(&0) {
+    let writer = match writes {
         true => {
             let store = Store::open(&checkpoints)?;
+            // Those of steps that are made again are another curve's.
+            store.forget_after(step)?;
             write_config(config, folder)?;
             fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
             let metrics = Mutex::new(Metrics::open(folder, step)?);
@@ -353,82 +363,6 @@ fn load<M: OriginalNames>(
             step: snapshot.step,
             steps: training.steps,
         }),
-    }
-}
-
-fn write_config(config: &RunConfig, folder: &Path) -> Result<(), TrainError> {
-    let path = folder.join(CONFIG);
-    let text = config.to_toml()?;
-    let aside = tempfile::NamedTempFile::new_in(folder).and_then(|mut file| {
-        file.write_all(text.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&path).map_err(|error| error.error)
-    });
-    aside.map(drop).map_err(failed("cannot be written", &path))
-}
-
-/// The configuration of the run in a folder.
-///
-/// # Errors
-/// [`TrainError::Config`] if there is none.
-pub fn config_of(folder: &Path) -> Result<RunConfig, TrainError> {
-    Ok(RunConfig::read(&folder.join(CONFIG))?)
-}
-
-/// What the run in a folder wrote of its steps and evaluations.
-///
-/// # Errors
-/// [`TrainError::Io`] if the file cannot be read.
-pub fn metrics_of(folder: &Path) -> Result<Vec<Line>, TrainError> {
-    let path = folder.join(METRICS);
-    let text = fs::read_to_string(&path).map_err(failed("cannot be read", &path))?;
-    // The last line of a run that was killed may be cut off.
-    Ok((text.lines())
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect())
-}
-
-/// The metrics' file: a line of JSON for each step and each evaluation.
-#[derive(Debug)]
-struct Metrics {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl Metrics {
-    /// Goes on after `step`: what was written of later steps, which are made again, is taken out.
-    fn open(folder: &Path, step: u64) -> Result<Self, TrainError> {
-        let path = folder.join(METRICS);
-        let before = match step {
-            0 => String::new(),
-            _ => fs::read_to_string(&path).unwrap_or_default(),
-        };
-        let kept = before.lines().filter(|line| {
-            serde_json::from_str::<Line>(line).is_ok_and(|line| line.step() <= step)
-        });
-        let kept: String = kept.map(|line| format!("{line}\n")).collect();
-        let file = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(true)
-            .open(&path)
-            .map_err(failed("cannot be written", &path))?;
-        let mut metrics = Self {
-            file: BufWriter::new(file),
-            path,
-        };
-        metrics.write(&kept)?;
-        Ok(metrics)
-    }
-
-    fn write(&mut self, text: &str) -> Result<(), TrainError> {
-        let written = (self.file.write_all(text.as_bytes())).and_then(|()| self.file.flush());
-        written.map_err(failed("cannot be written", &self.path))
-    }
-
-    fn add(&mut self, line: &Line) -> Result<(), TrainError> {
-        let text = serde_json::to_string(line).unwrap_or_default();
-        self.write(&format!("{text}\n"))
     }
 }
 
@@ -518,12 +452,11 @@ impl<T: Task> Shared<T> {
                     })?;
                 }
             }
-            // The other replicas hold the same.
-            if (is_last || report.step % config.checkpoint_every == 0) && replica == 0 {
-                let snapshot = trainer.snapshot(session)?;
-                if world.rank() == 0 {
-                    self.save(&snapshot)?;
-                }
+            if is_last || report.step % config.checkpoint_every == 0 {
+                // The other replicas hold the same.
+                let of_replica = (replica == 0).then(|| trainer.snapshot(session));
+                let snapshot = of_replica.transpose()?.filter(|_| world.rank() == 0);
+                self.save(snapshot, world, &place.device)?;
             }
         }
         if world.rank() == 0 {
@@ -594,18 +527,31 @@ impl<T: Task> Shared<T> {
         Ok(sessions.first.sum_over_ranks(own)?.into_scalar::<f64>())
     }
 
-    fn save(&self, snapshot: &Snapshot<T::Module>) -> Result<(), TrainError> {
-        let Some(writer) = &self.writer else {
-            return Ok(());
-        };
+    /// Writes the snapshot, which rank 0 has.
+    fn save(
+        &self,
+        snapshot: Option<Snapshot<T::Module>>,
+        world: &Group,
+        device: &Device,
+    ) -> Result<(), TrainError> {
         let (config, training) = (&self.config, &self.config.training);
-        let manifest = Manifest::new(&self.subject, snapshot.step, training.batch, training.seed);
-        let mut files = snapshot.to_files(&manifest)?;
-        files.push((CONFIG, config.to_toml()?.into_bytes()));
-        let keep = NonZeroUsize::new(config.keep).unwrap_or(NonZeroUsize::MIN);
-        let path = writer.store.save(snapshot.step, &files, keep)?;
-        (self.watch)(Event::Saved(&path));
-        Ok(())
+        let work = match (&self.writer, snapshot) {
+            (Some(writer), Some(snapshot)) => {
+                let step = snapshot.step;
+                let manifest = Manifest::new(&self.subject, step, training.batch, training.seed);
+                // Tensors are read where they were computed.
+                let mut files = snapshot.to_files(&manifest)?;
+                files.push((CONFIG, config.to_toml()?.into_bytes()));
+                let keep = NonZeroUsize::new(config.keep).unwrap_or(NonZeroUsize::MIN);
+                Some(move || {
+                    let path = writer.store.save(step, &files, keep)?;
+                    (self.watch)(Event::Saved(&path));
+                    Ok(())
+                })
+            }
+            _ => None,
+        };
+        while_others_wait(work, world, device)
     }
 
     fn note(&self, line: &Line) -> Result<(), TrainError> {
@@ -622,6 +568,39 @@ impl<T: Task> Shared<T> {
         });
         Ok(())
     }
+}
+
+/// Does some work, which one rank has, while the others wait for its end, however late that is: all of them meet
+/// again and again meanwhile, each time within the group's time-out, in which it is found out if a rank is gone.
+fn while_others_wait(
+    work: Option<impl FnOnce() -> Result<(), TrainError> + Send>,
+    world: &Group,
+    device: &Device,
+) -> Result<(), TrainError> {
+    let device = &device.clone().without_autodiff();
+    std::thread::scope(|scope| {
+        let (end, ends) = mpsc::channel();
+        if let Some(work) = work {
+            scope.spawn(move || end.send(work()));
+        } else {
+            drop(end);
+        }
+        loop {
+            let own = match ends.recv_timeout(world.timeout() / 4) {
+                Ok(ended) => {
+                    ended?;
+                    0.0
+                }
+                Err(RecvTimeoutError::Timeout) => 1.0,
+                Err(RecvTimeoutError::Disconnected) => 0.0,
+            };
+            let own = Tensor::<1>::from_floats([own], device);
+            let working = all_reduce_in(own, Phase::Outside, world)?;
+            if working.into_scalar::<f32>() == 0.0 {
+                return Ok(());
+            }
+        }
+    })
 }
 
 /// A session for each number of samples, planned once.
@@ -667,5 +646,34 @@ fn without_graph(place: &Place) -> Place {
     Place {
         device: place.device.clone().without_autodiff(),
         dtype: place.dtype,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_may_take_longer_than_ranks_wait_for_each_other_and_its_failure_is_everybodys() {
+        const TIMEOUT: Duration = Duration::from_millis(500);
+        let works = |ranks: usize, outcome: fn() -> Result<(), TrainError>| {
+            Launch::new(ranks).timeout(TIMEOUT).run(move |world| {
+                let work = (world.rank() == 0).then_some(|| {
+                    std::thread::sleep(3 * TIMEOUT);
+                    outcome()
+                });
+                while_others_wait(work, &world, &Device::flex())
+            })
+        };
+        for ranks in [1, 3] {
+            works(ranks, || Ok(())).unwrap();
+        }
+        let full = || {
+            Err(TrainError::Nothing {
+                folder: "full".into(),
+            })
+        };
+        let error = works(3, full).unwrap_err().to_string();
+        assert!(error.contains("full: has no checkpoint"), "{error}");
     }
 }

@@ -13,6 +13,7 @@ use dsp_models::flow::{self, Batch, Guided, Noised, TIMESTEPS};
 use dsp_models::random::{Draws, Purpose};
 use dsp_models::video_dit::{Init, Text, VideoDit, VideoDitConfig, roles};
 
+use super::data::Data;
 use super::picture;
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
 use crate::clip::{Clip, ClipError};
@@ -51,8 +52,8 @@ struct Drawn {
 }
 
 impl Velocity {
-    pub(super) fn new(sizes: &VideoSizes) -> Result<Self, SubjectError> {
-        let clip = sizes.read_clip()?;
+    pub(super) fn new(sizes: &VideoSizes, data: Option<Data>) -> Result<Self, SubjectError> {
+        let clip = Data::clip(data)?;
         let clip = clip.sample(0, clip.frames, sizes.height, sizes.width)?;
         let first_held_out = clip.frames - clip.frames / 4;
         for (start, available) in [

@@ -10,8 +10,9 @@ use dsp_core::{Loss, ModelShape, Session};
 use dsp_models::random::{Draws, Purpose};
 use dsp_models::vit::{Vit, VitConfig, class_loss, gather_logits, roles};
 
+use super::data::Data;
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
-use crate::clip::Clip;
+use crate::clip::{Clip, ClipError};
 use crate::subject::{SubjectError, VitSizes};
 
 /// Ways that a picture can be turned.
@@ -41,9 +42,27 @@ struct Picture {
 }
 
 impl WhichWayUp {
-    pub(super) fn new(sizes: &VitSizes) -> Result<Self, SubjectError> {
-        let clip = sizes.read_clip()?;
+    pub(super) fn new(sizes: &VitSizes, data: Option<Data>) -> Result<Self, SubjectError> {
+        let clip = Data::clip(data)?;
         let side = sizes.height;
+        if side > clip.height.min(clip.width) {
+            return Err(ClipError::TooSmall {
+                wanted_height: side,
+                wanted_width: side,
+                height: clip.height,
+                width: clip.width,
+            }
+            .into());
+        }
+        // One to learn from, and one that is held out.
+        if clip.frames < 2 {
+            return Err(ClipError::TooFewFrames {
+                wanted: 2,
+                start: 0,
+                available: clip.frames,
+            }
+            .into());
+        }
         // Half as high again as a picture, so that there is something to choose, as wide as the clip is.
         let height = (side + side / 2).min(clip.height);
         let width = clip.width * height / clip.height;

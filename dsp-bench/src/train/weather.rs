@@ -12,6 +12,7 @@ use dsp_models::WeatherConfig;
 use dsp_models::random::{Draws, Purpose};
 use dsp_models::weather::{Grid, Weather, loss, roles};
 
+use super::data::Data;
 use super::picture::{self, FirstRow, Panel};
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
 use crate::fields::{Fields, FieldsError};
@@ -42,8 +43,11 @@ pub(super) struct NextFields {
 }
 
 impl NextFields {
-    pub(super) fn new(sizes: &WeatherSizes) -> Result<Self, SubjectError> {
-        let all = sizes.read_fields()?;
+    pub(super) fn new(sizes: &WeatherSizes, data: Option<Data>) -> Result<Self, SubjectError> {
+        let all = match data {
+            Some(data) => Fields::decode(&data.file, &data.bytes, &sizes.variables())?,
+            None => Fields::built_in()?,
+        };
         let thinned = all.thinned(sizes.latitudes, sizes.longitudes)?;
         let available = thinned.seasons.len();
         let first_held_out = available - available / 3;

@@ -66,6 +66,19 @@ pub enum StoreError {
         /// Where it was looked for.
         place: PathBuf,
     },
+    /// A checkpoint that would not be the last one.
+    #[error(
+        "{}: has the checkpoint of step {latest} already, and that of step {step} would not be the last one",
+        folder.display()
+    )]
+    NotLast {
+        /// The store.
+        folder: PathBuf,
+        /// The step that was to be written.
+        step: u64,
+        /// The last one that is there.
+        latest: u64,
+    },
     /// A folder without digests.
     #[error("{}: has no {SUMS}: this is no checkpoint", place.display())]
     NoCheckpoint {
@@ -184,11 +197,40 @@ impl Store {
         Ok(self.steps()?.pop())
     }
 
-    /// Writes a checkpoint, over an older one of the same step, and removes all but the `keep` last ones.
+    /// Removes the checkpoints of later steps, the last one first: a training that goes on from before them makes
+    /// those steps again, and what it makes is the last there is.
     ///
     /// # Errors
-    /// [`StoreError`] if a name is none or the system refuses, as when the disk is full. What was there before is
-    /// there still.
+    /// [`StoreError::Io`] if the system refuses.
+    pub fn forget_after(&self, step: u64) -> Result<(), StoreError> {
+        let later = self.steps()?.into_iter().rev();
+        for step in later.take_while(|&later| later > step) {
+            self.forget(step)?;
+        }
+        sync(&self.folder)
+    }
+
+    /// Removes a checkpoint: it loses its name before it loses its files.
+    fn forget(&self, step: u64) -> Result<(), StoreError> {
+        let (path, old) = (self.path(step), self.aside(step)?);
+        fs::rename(&path, old.path().join("old")).map_err(failed("cannot be removed", &path))?;
+        discard(old)
+    }
+
+    /// A hidden folder beside the checkpoints.
+    fn aside(&self, step: u64) -> Result<TempDir, StoreError> {
+        let made = tempfile::Builder::new()
+            .prefix(&format!("{HIDDEN}{step:08}."))
+            .tempdir_in(&self.folder);
+        made.map_err(failed("cannot be written to", &self.folder))
+    }
+
+    /// Writes a checkpoint, and removes all but the `keep` last ones.
+    ///
+    /// # Errors
+    /// [`StoreError::NotLast`] unless it is of a later step than all that are there
+    /// ([`forget_after`](Self::forget_after)); others if a name is none or the system refuses, as when the disk is
+    /// full. What was there before is there still.
     pub fn save<N: AsRef<str>>(
         &self,
         step: u64,
@@ -216,14 +258,14 @@ impl Store {
                 });
             }
         }
-        let prefix = format!("{HIDDEN}{step:08}.");
-        let aside = || {
-            let made = tempfile::Builder::new()
-                .prefix(&prefix)
-                .tempdir_in(&self.folder);
-            made.map_err(failed("cannot be written to", &self.folder))
-        };
-        let partial = aside()?;
+        if let Some(latest) = self.latest()?.filter(|&latest| latest >= step) {
+            return Err(StoreError::NotLast {
+                folder: self.folder.clone(),
+                step,
+                latest,
+            });
+        }
+        let partial = self.aside(step)?;
         for (name, bytes) in files {
             write(&partial.path().join(name.as_ref()), bytes)?;
         }
@@ -231,24 +273,12 @@ impl Store {
         sync(partial.path())?;
 
         let path = self.path(step);
-        if path.exists() {
-            let old = aside()?;
-            fs::rename(&path, old.path().join("old"))
-                .map_err(failed("cannot be replaced", &path))?;
-            rename(partial, &path)?;
-            discard(old)?;
-        } else {
-            rename(partial, &path)?;
-        }
+        rename(partial, &path)?;
         sync(&self.folder)?;
 
         let steps = self.steps()?;
         for &step in &steps[..steps.len().saturating_sub(keep.get())] {
-            let path = self.path(step);
-            let old = aside()?;
-            fs::rename(&path, old.path().join("old"))
-                .map_err(failed("cannot be removed", &path))?;
-            discard(old)?;
+            self.forget(step)?;
         }
         Ok(path)
     }
@@ -432,20 +462,40 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path().join("new/checkpoints")).unwrap();
         assert_eq!(store.latest().unwrap(), None);
-        for step in [3, 10, 7, 200] {
+        for step in [3, 7, 10, 200] {
             store.save(step, &files(step), KEEP).unwrap();
         }
         assert_eq!(store.steps().unwrap(), [10, 200]);
         assert_eq!(store.latest().unwrap(), Some(200));
         assert_eq!(store.load(10).unwrap().get("weights").unwrap(), [10; 100]);
-        // The same step again replaces it.
-        store.save(200, &files(9), KEEP).unwrap();
-        assert_eq!(store.load(200).unwrap().get("weights").unwrap(), [9; 100]);
         let error = store.load(3).unwrap_err().to_string();
         assert!(
             error.contains("step-00000003: there is no checkpoint"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_is_written_is_the_last_one_once_the_later_ones_are_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        for step in [200, 300, 400] {
+            store.save(step, &files(step), NonZeroUsize::MAX).unwrap();
+        }
+        // It would be the first to be removed, and the old ones the first to be gone on from.
+        for step in [250, 400] {
+            let error = store.save(step, &files(9), KEEP).unwrap_err().to_string();
+            assert!(error.contains("has the checkpoint of step 400"), "{error}");
+            assert_eq!(store.steps().unwrap(), [200, 300, 400]);
+        }
+        store.forget_after(200).unwrap();
+        assert_eq!(store.steps().unwrap(), [200]);
+        store.save(250, &files(9), KEEP).unwrap();
+        assert_eq!(store.steps().unwrap(), [200, 250]);
+        store.forget_after(250).unwrap();
+        assert_eq!(store.latest().unwrap(), Some(250));
+        let left = fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(left, 2, "what was forgotten left something behind");
     }
 
     #[test]
