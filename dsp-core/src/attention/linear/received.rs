@@ -45,6 +45,7 @@ mod flex {
     use super::Problem;
     use crate::fused::real::{Real, vectorised};
     use crate::fused::rows::{Rows, WHOLE, changed};
+    use crate::shape::reshape;
 
     pub(super) fn received<E: Real>(
         met: Tensor<5>,
@@ -55,7 +56,7 @@ mod flex {
         let dims = met.dims();
         let [samples, heads, states, d, dv] = dims;
         let width = d * dv;
-        let state = Rows::<E>::of(state.clone().reshape([samples * heads, width]));
+        let state = Rows::<E>::of(reshape(state.clone(), [samples * heads, width]));
         // Of a chunk before which there is nothing: sooner seen than added to all of them.
         let is_nothing = |row: usize| state.row(row).iter().all(|&x| x == E::ZERO);
         if (0..state.count()).all(is_nothing) {
@@ -66,7 +67,7 @@ mod flex {
             (0..states).map(power).collect::<Vec<_>>()
         };
         let powers: Vec<Vec<E>> = problem.decays().iter().map(of_head).collect();
-        let met = met.reshape([samples * heads, states, width]);
+        let met = reshape(met, [samples * heads, states, width]);
         let (met, _) = changed::<E, _, 3>(met, WHOLE, |first, block| {
             vectorised(
                 #[inline(always)]
@@ -81,6 +82,6 @@ mod flex {
                 },
             );
         });
-        met.reshape(dims)
+        reshape(met, dims)
     }
 }
