@@ -345,7 +345,6 @@ impl Scenario {
         for (key, value) in [
             ("tolerance", self.tolerance),
             ("time_budget_seconds", self.time_budget_seconds),
-            ("deadline_seconds", self.deadline_seconds),
         ] {
             rules.hold(
                 value.is_finite() && value > 0.0,
@@ -354,7 +353,7 @@ impl Scenario {
                 "must be above 0 and finite",
             )?;
         }
-        Ok(())
+        rules.seconds("deadline_seconds", self.deadline_seconds)
     }
 
     /// The strategies to compare, by name: those that are chosen, or all of `enabled` and then the mixtures.
@@ -602,6 +601,11 @@ mod tests {
             (
                 "deadline_seconds = 30.0",
                 "deadline_seconds = -1.0",
+                "deadline_seconds",
+            ),
+            (
+                "deadline_seconds = 30.0",
+                "deadline_seconds = 1e20",
                 "deadline_seconds",
             ),
         ] {

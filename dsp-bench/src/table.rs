@@ -141,8 +141,8 @@ fn cost_table(comparison: &Comparison) -> Table {
         "of it\ncompute".to_owned(),
         "\ncomm.".to_owned(),
         "\nwaiting".to_owned(),
-        "a rank sends\nactivations".to_owned(),
-        "\ngradients".to_owned(),
+        "sent by\na rank".to_owned(),
+        "beside:\ngradients".to_owned(),
         "equals\nformula".to_owned(),
         "peak\nmemory".to_owned(),
         "collectives".to_owned(),
@@ -258,8 +258,8 @@ impl Unit {
 fn footnotes(comparison: &Comparison) -> Vec<String> {
     let mut notes = vec![
         "Time: wall clock, the median run; compute, communication and waiting are means of its ranks. \
-         Activations: forward, and their gradients backward. Gradients: of the parameters, to sum them; \
-         of those that a strategy shards, none are sent. Both by the rank that sends most. Memory: all ranks together, as Rust code allocates it."
+         Sent: activations, and their gradients backward. Beside: the parameters' gradients, to sum them; of those that a \
+         strategy shards, none are sent. Both by the rank that sends most. Memory: all ranks together, as Rust code allocates it."
             .to_owned(),
     ];
     if hides(comparison) {
