@@ -676,14 +676,20 @@ pub(crate) mod sample {
             ])
             .unwrap(),
             traffic: Traffic {
-                per_rank: vec![
-                    RankTraffic {
-                        forward: half,
-                        backward: half,
-                        parameters: Sent::default(),
-                    };
-                    ranks
-                ],
+                // Of the parameters' gradients the last rank sends most.
+                per_rank: (0..ranks)
+                    .map(|rank| {
+                        let bytes = 7_000_000 * rank as u64;
+                        RankTraffic {
+                            forward: half,
+                            backward: half,
+                            parameters: Sent {
+                                measured_bytes: bytes,
+                                formula_bytes: bytes,
+                            },
+                        }
+                    })
+                    .collect(),
                 collectives: if parallel {
                     vec![
                         CollectiveCount {
@@ -846,6 +852,17 @@ mod tests {
             finding.contains("4 ranks share 1 core, so these times are not speed-ups"),
             "{finding}"
         );
+    }
+
+    #[test]
+    fn cores_are_shared_by_the_threads_of_all_ranks() {
+        let mut comparison = comparison(2);
+        comparison.scenario.threads_per_rank = Some(2);
+        comparison.push("ring", 1, timed(1, 8.0, 0, 0));
+        comparison.push("ring", 2, timed(2, 5.0, 0, 0));
+        let shared = comparison.rows.iter().rev().take(2);
+        let shared: Vec<bool> = shared.map(|row| row.oversubscribed).collect();
+        assert_eq!(shared, [true, false]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use burn::tensor::DType;
+use dsp_core::launch::LONGEST_TIMEOUT;
 use dsp_models::language::Layers;
 use dsp_models::training::Reduce;
 use serde::{Deserialize, Serialize};
@@ -395,15 +396,17 @@ impl Rules<'_> {
         })
     }
 
-    /// A time to wait for: some, and at most a year, which can be added to any moment.
+    /// A time to wait for.
     pub(crate) fn seconds(&self, key: &'static str, value: f64) -> Result<(), ScenarioError> {
-        const YEAR: Duration = Duration::from_secs(366 * 24 * 3600);
-        let waits = |time: Duration| !time.is_zero() && time <= YEAR;
+        let waits = |time: Duration| !time.is_zero() && time <= LONGEST_TIMEOUT;
         self.hold(
             Duration::try_from_secs_f64(value).is_ok_and(waits),
             key,
             &value,
-            "must be above 0, and at most a year (31622400)",
+            format!(
+                "must be above 0, and at most a year ({})",
+                LONGEST_TIMEOUT.as_secs()
+            ),
         )
     }
 

@@ -171,3 +171,18 @@ fn the_weather_model_is_compared_on_the_fields_and_named_in_what_is_shown() {
         );
     }
 }
+
+#[test]
+fn what_is_to_be_written_and_cannot_be_is_said_before_anything_is_computed() {
+    for option in ["--json", "--report"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut dsp = std::process::Command::new(env!("CARGO_BIN_EXE_dsp"));
+        dsp.current_dir(folder.path());
+        let output = dsp.args(["compare", "--scenario", "small", option, "none/there"]);
+        let output = output.output().unwrap();
+        assert!(!output.status.success());
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains("cannot write none/there"), "{errors}");
+        assert!(output.stdout.is_empty(), "a table was shown first");
+    }
+}

@@ -14,14 +14,15 @@ use crate::group::Group;
 use crate::layout::select_ranges;
 use crate::ledger::Phase;
 use crate::place::Placed;
+use crate::precision::{computed, computed_in};
 use crate::shape::reshape;
 use crate::strategy::Placement;
 
 /// Sums those of the module's gradients over the group that belong to replicated and shared parameters.
 ///
-/// All of one type of float go through one flat bucket and one all-reduce. A parameter that this rank did not use has no gradient
-/// here and enters with zeros; so do those parts of a shared parameter that the rank does not hold. The bucket's
-/// order is the module's, the same on every rank.
+/// All of one type of float go through one flat bucket and one all-reduce. A parameter that this rank did not use has no
+/// gradient here and enters with zeros; so do those parts of a shared parameter that the rank does not hold. The
+/// bucket's order is the module's, the same on every rank.
 ///
 /// # Cost
 /// One all-reduce of as many elements as [`reduced_parameters`] says.
@@ -319,7 +320,7 @@ impl<M> ModuleVisitor for Squares<'_, M> {
             return;
         }
         let value = param.val().inner();
-        (self.like).get_or_insert_with(|| (value.device(), at_least_f32(value.dtype())));
+        (self.like).get_or_insert_with(|| (value.device(), computed_in(value.dtype())));
         let Some(gradient) = self.gradients.get::<D>(param.id) else {
             return;
         };
@@ -333,17 +334,9 @@ impl<M> ModuleVisitor for Squares<'_, M> {
         };
         if own.shape().num_elements() > 0 {
             // In 16 bits the square of 256 is infinite.
-            let dtype = at_least_f32(own.dtype());
-            let own = own.cast(dtype);
+            let own = computed(own);
             self.sum += (own.clone() * own).sum().into_scalar::<f64>();
         }
-    }
-}
-
-fn at_least_f32(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
     }
 }
 

@@ -72,6 +72,17 @@ impl Engine {
         }
     }
 
+    /// The most ranks that a launch can have: as many as there are processes, where ranks are such.
+    pub fn most_ranks(&self) -> usize {
+        match self {
+            Self::Threads => usize::MAX,
+            #[cfg(feature = "mpi")]
+            Self::Mpi(mpi) => mpi.size(),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(nccl) => nccl.size(),
+        }
+    }
+
     /// Where the tensors of this process's rank must be, where the engine moves those of one device only.
     pub fn device(&self) -> Option<Device> {
         match self {
@@ -113,7 +124,8 @@ pub struct Launch {
     engine: Engine,
 }
 
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
+/// A year: the longest that ranks wait, in place of any longer time, which some clocks could not be added to.
+pub const LONGEST_TIMEOUT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Launch {
     /// `ranks` ranks, threads that share the machine's cores, at least one each, and wait a minute for each
@@ -138,10 +150,9 @@ impl Launch {
         self
     }
 
-    /// How long a collective waits for the other ranks, and the launch for the last ones: a year at most.
+    /// How long a collective waits for the other ranks, and the launch for the last ones: at most [`LONGEST_TIMEOUT`].
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        // What is added to the clock must not leave its range.
         self.timeout = timeout.min(LONGEST_TIMEOUT);
         self
     }

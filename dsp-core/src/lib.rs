@@ -20,6 +20,7 @@
 //! | [`ending`] | a sub-layer's end and the switch after it, part by part, one on its way while the next is computed |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
 //! | [`share()`](share::share) | values of any type, from every rank to every rank |
+//! | [`precision`] | in what is summed that is held in 16 bits |
 //! | [`random`] | random bits that every rank draws alike |
 //! | [`ledger`], [`cost`] | what was sent; the same by formula |
 //! | [`error`] | what can go wrong |
@@ -45,6 +46,7 @@ mod matmul;
 pub mod overlap;
 pub mod partition;
 pub mod place;
+pub mod precision;
 pub mod random;
 pub mod reference;
 pub mod session;

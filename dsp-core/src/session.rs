@@ -231,6 +231,15 @@ impl Session {
         place::place(module, placements, self.group.rank(), device)
     }
 
+    fn lookout<'a>(&'a self, stage: &'a str, verb: &'static str) -> Lookout<'a> {
+        Lookout {
+            watch: self.watch,
+            group: &self.group,
+            stage,
+            verb,
+        }
+    }
+
     fn sharded(&self) -> MutexGuard<'_, BTreeSet<usize>> {
         self.sharded.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -467,12 +476,8 @@ impl<'a> Stages<'a> {
             .into());
         }
         let Session { model, plan, .. } = self.session;
-        let lookout = Lookout {
-            watch: self.session.watch,
-            group: &self.session.group,
-            stage: model.stages.last().map_or("output", |stage| &stage.name),
-            verb: "finish",
-        };
+        let last = model.stages.last().map_or("output", |stage| &stage.name);
+        let lookout = self.session.lookout(last, "finish");
         lookout.takes(&x)?;
         lookout.gives(relayout(x, &plan.output, &self.session.group)?)
     }
@@ -506,12 +511,7 @@ impl<'a> StageRun<'a> {
 
     /// A look at what a verb takes, and back.
     fn lookout(&self, verb: &'static str) -> Lookout<'a> {
-        Lookout {
-            watch: self.session.watch,
-            group: &self.session.group,
-            stage: &self.scope().stage.name,
-            verb,
-        }
+        self.session.lookout(&self.scope().stage.name, verb)
     }
 
     fn expect(place: &'static str, expected: &Layout, x: Shard) -> Result<Shard, LayoutError> {

@@ -52,9 +52,6 @@ impl Lookout<'_> {
     }
 
     /// What the verb gives, whose gradient is looked at before it goes back through the verb.
-    ///
-    /// # Errors
-    /// None: the shape stays.
     pub(crate) fn gives(&self, y: Shard) -> Result<Shard, Error> {
         if self.watch == Watch::Nothing {
             return Ok(y);

@@ -13,11 +13,11 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
 use dsp_core::ledger::Phase;
+use dsp_core::precision::computed;
 use dsp_core::shape::reshape;
 use dsp_core::{Session, Shard};
 
 use crate::error::ModelError;
-use crate::layers::single_at_least;
 use crate::random::{Draws, Purpose};
 use crate::video_dit::{FrameMask, PatchOrder, Text, VideoConditions, VideoDit, patchify};
 
@@ -130,7 +130,7 @@ pub fn loss(
     let rank = session.group().rank();
     let own = |tokens: Tensor<5>| Shard::split(tokens, velocity.layout(), rank);
 
-    let predicted = single_at_least(velocity.tensor().clone());
+    let predicted = computed(velocity.tensor().clone());
     let target = own(patchify(video - noise, patch, PatchOrder::ChannelLast))?.into_tensor();
     let target = target.cast(predicted.dtype());
     let weights = weights(&batch.video, predicted.dtype(), is_generated);

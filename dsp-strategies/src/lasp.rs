@@ -186,7 +186,7 @@ impl Relay for Hops {
     }
 
     /// Waits for the state, and hands it on with this rank's own.
-    fn finish(&self, started: OnTheWay) -> Result<Tensor<4>, CommError> {
+    fn finish(&self, started: OnTheWay) -> Result<Option<Tensor<4>>, CommError> {
         let OnTheWay {
             own,
             direction,
@@ -197,14 +197,17 @@ impl Relay for Hops {
         for hop in hops {
             last = Some(hop.wait()?);
         }
-        let (place, rank) = (self.place(direction), self.group.rank());
-        let arrived = match last {
-            Some(state) if place > 0 => state.squeeze_dim(0),
-            _ => own.zeros_like(),
+        let is_first = self.place(direction) == 0;
+        let arrived = last.filter(|_| !is_first);
+        let arrived: Option<Tensor<4>> = arrived.map(|state| state.squeeze_dim(0));
+        let onward = match &arrived {
+            Some(arrived) => {
+                let like = (&own.device(), own.dtype());
+                let length = self.chunks.lengths[self.group.rank()];
+                own + arrived.clone() * self.chunks.problem.passing(length, like)
+            }
+            None => own,
         };
-        let like = (&own.device(), own.dtype());
-        let passing = (self.chunks.problem).passing(self.chunks.lengths[rank], like);
-        let onward = own + arrived.clone() * passing;
         for hop in started..self.group.size() - 1 {
             self.hop(hop, direction, &onward)?.wait()?;
         }

@@ -131,7 +131,10 @@ impl Relay for Gather {
         Ok((gather, direction))
     }
 
-    fn finish(&self, (gather, direction): Self::Started) -> Result<Tensor<4>, CommError> {
+    fn finish(
+        &self,
+        (gather, direction): Self::Started,
+    ) -> Result<Option<Tensor<4>>, CommError> {
         let states = gather.wait()?;
         let (rank, ranks) = (self.group.rank(), self.group.size());
         let like = (&states.device(), states.dtype());
@@ -141,11 +144,15 @@ impl Relay for Gather {
             Direction::Backward => (rank + 1..ranks).rev().collect(),
         };
         // From the farthest to the nearest: what was added up ages by each chunk that it passes.
-        let mut sum = state(rank).zeros_like();
-        for other in others {
-            let passing = self.chunks.problem.passing(self.chunks.lengths[other], like);
-            sum = sum * passing + state(other);
-        }
-        Ok(sum)
+        Ok(others.into_iter().fold(None, |sum, other| {
+            let aged = |sum: Tensor<4>| {
+                let passing = self.chunks.problem.passing(self.chunks.lengths[other], like);
+                sum * passing
+            };
+            Some(match sum {
+                Some(sum) => aged(sum) + state(other),
+                None => state(other),
+            })
+        }))
     }
 }

@@ -1,6 +1,5 @@
 //! `dsp compare`: strategies head to head, as tables, a report and a trace.
 
-use std::fs::OpenOptions;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +14,7 @@ use dsp_bench::{report, table};
 use dsp_core::Engine;
 use dsp_models::training::Reduce;
 
-use super::{engine, shown};
+use super::{engine, shown, writable};
 use crate::MEMORY;
 
 #[derive(Debug, clap::Args)]
@@ -74,7 +73,7 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
     }
     scenario.strategies = args.strategy.or(scenario.strategies);
     // The scenario's own ranks are those that there are; who names others is told.
-    let most = engine::most_ranks(engine);
+    let most = engine.most_ranks();
     scenario.ranks.retain(|&ranks| ranks <= most);
     scenario.ranks = args.ranks.unwrap_or(scenario.ranks);
     scenario.threads_per_rank = args.threads.or(scenario.threads_per_rank);
@@ -93,11 +92,10 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         return Ok(ExitCode::SUCCESS);
     }
 
-    // Before minutes are spent on what could not be written.
-    for path in args.json.iter().chain([&args.report]) {
-        let opened = OpenOptions::new().create(true).append(true).open(path);
-        opened.with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    args.json
+        .iter()
+        .chain([&args.report])
+        .try_for_each(|path| writable(path))?;
     let trace = TraceFile::start(&args.trace)?;
     trace.set_recording(false);
     let progress = Progress::new(comparer.cases().len() as u64);

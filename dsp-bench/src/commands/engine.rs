@@ -47,14 +47,3 @@ fn nccl(environment: &Environment) -> anyhow::Result<Engine> {
 pub(crate) fn shows(engine: &Engine) -> bool {
     engine.held(1).contains(&0)
 }
-
-/// The most ranks that a launch can have.
-pub(crate) fn most_ranks(engine: &Engine) -> usize {
-    match engine {
-        Engine::Threads => usize::MAX,
-        #[cfg(feature = "mpi")]
-        Engine::Mpi(mpi) => mpi.size(),
-        #[cfg(feature = "nccl")]
-        Engine::Nccl(nccl) => nccl.size(),
-    }
-}

@@ -6,7 +6,16 @@ pub(crate) mod launch;
 pub(crate) mod train;
 pub(crate) mod verify;
 
+use std::fs::OpenOptions;
 use std::path::Path;
+
+use anyhow::Context;
+
+/// Sees that a file can be written, before minutes are spent on what is to stand in it. What is there stays.
+fn writable(path: &Path) -> anyhow::Result<()> {
+    let opened = OpenOptions::new().create(true).append(true).open(path);
+    (opened.map(drop)).with_context(|| format!("cannot write {}", path.display()))
+}
 
 /// A path as a person can open it.
 fn shown(path: &Path) -> String {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use dsp_bench::train::{self, Outcome, Shown, Watch, metrics_of};
-use dsp_core::{CommError, Engine};
+use dsp_core::Engine;
 
 pub(crate) use dsp_bench::train::TrainArgs;
 
@@ -17,11 +17,6 @@ use super::{engine, shown};
 pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode> {
     let config = args.run()?;
     let (folder, begin) = (args.folder(&config), args.begin());
-    // The launch would refuse it too, after the folder has been written to.
-    let (asked, started) = (config.mesh.ranks(), engine::most_ranks(engine));
-    if asked > started {
-        return Err(CommError::Processes { asked, started }.into());
-    }
 
     if !engine::shows(engine) {
         train::train(&config, &folder, begin, engine, Arc::new(|_| ()))?;

@@ -9,7 +9,7 @@ use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{self, Record};
 use dsp_core::Engine;
 
-use super::engine;
+use super::{engine, writable};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct VerifyArgs {
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
     // By default on as many as there are; who names more is told.
     let most = match args.ranks {
         Some(_) => usize::MAX,
-        None => engine::most_ranks(engine),
+        None => engine.most_ranks(),
     };
     let ranks = args
         .ranks
@@ -73,6 +73,9 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
         engine: engine.clone(),
         devices,
     };
+    if engine::shows(engine) {
+        args.json.iter().try_for_each(|path| writable(path))?;
+    }
     let mut records = Vec::new();
     for file in &args.files {
         let bar = indicatif::ProgressBar::new_spinner();

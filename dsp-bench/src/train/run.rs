@@ -243,6 +243,11 @@ pub(super) fn run<T: Task>(
     engine: &Engine,
     watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
 ) -> Result<Outcome, TrainError> {
+    // The launch would refuse it too, after the folder has been written to.
+    let (asked, started) = (config.mesh.ranks(), engine.most_ranks());
+    if asked > started {
+        return Err(CommError::Processes { asked, started }.into());
+    }
     let strategy = dsp_strategies::by_name(&config.strategy)?;
     // Weights and their averages have one type, what is computed perhaps another.
     let devices = (config.device).open(engine, config.dtype.dtype())?;

@@ -39,11 +39,12 @@ pub trait Relay: Send + Sync + 'static {
     /// [`CommError`] if a rank fails.
     fn start(&self, own: Tensor<4>, direction: Direction) -> Result<Self::Started, CommError>;
 
-    /// The state at this rank's edge that all chunks on the far side make together, as it arrives here.
+    /// The state at this rank's edge that all chunks on the far side make together, as it arrives here; none where
+    /// there is no chunk.
     ///
     /// # Errors
     /// [`CommError`] if a rank fails.
-    fn finish(&self, started: Self::Started) -> Result<Tensor<4>, CommError>;
+    fn finish(&self, started: Self::Started) -> Result<Option<Tensor<4>>, CommError>;
 }
 
 /// What a relay must know of the attention: how states age on their way.
@@ -119,7 +120,9 @@ pub fn attend_in_chunks<R: Relay>(
     let mut states = linear::states(&k, &v, &problem);
     let started = relay.start(states.last.clone(), Direction::Forward)?;
     let within = linear::within(&q, &k, &v, &problem);
-    states.receive(&relay.finish(started)?, &problem);
+    if let Some(state) = relay.finish(started)? {
+        states.receive(&state, &problem);
+    }
 
     let output = fold.unfold(within.output(&q, &states, &problem));
     let output = vjp::attach3(inputs, output, move |dout| {
@@ -128,7 +131,9 @@ pub fn attend_in_chunks<R: Relay>(
         let mut after = linear::state_gradients(&q, &dout, &problem);
         let started = relay.start(after.last.clone(), Direction::Backward)?;
         let within = linear::gradients_within(qkv, &states, &dout, &problem);
-        after.receive(&relay.finish(started)?, &problem);
+        if let Some(state) = relay.finish(started)? {
+            after.receive(&state, &problem);
+        }
         let linear::Gradients { query, key, value } = within.gradients(qkv, &after, &problem);
         Ok::<_, CommError>([
             fold.unfold(query),

@@ -15,7 +15,6 @@ use std::sync::Arc;
 
 use burn::tensor::Tensor;
 
-use super::softmax::computed;
 use super::{Dropout, HeadRange, Mask, Problem, Visibility, Within, backward, forward, merge};
 use crate::blocks::{Blocks, DIMS, DimBlocks};
 use crate::cost::Elements;
@@ -24,6 +23,7 @@ use crate::group::{Group, InFlight, Request, Step};
 use crate::layout::{Layout, MeshAxis, SeqAxis};
 use crate::ledger::{Collective, Phase};
 use crate::partition::Partition;
+use crate::precision::computed;
 use crate::strategy::{AttentionStage, ModelShape, PlanError, StageKind};
 
 /// An attention whose keys and values go round a group.

@@ -27,6 +27,7 @@ use burn::tensor::{Bool, DType, Device, Tensor, TensorData, s};
 
 use super::{Dropout, Heads, Mask, Visibility};
 use crate::matmul::matmul;
+use crate::precision::{computed, computed_in};
 use crate::vjp;
 
 /// The query heads that a rank holds, and how many of them share a kv head.
@@ -795,19 +796,6 @@ fn merge_rows(a: (Tensor<4>, Tensor<4>), b: (Tensor<4>, Tensor<4>)) -> (Tensor<4
     // From the larger one, −log σ(x) = log(1 + exp(−x)) with x ≥ 0: at most log 2.
     let correction = gap.abs().neg().exp().log1p();
     (out, lse_a.max_pair(lse_b) + correction)
-}
-
-/// In f32 at least: 16 bits would lose in each merge and each sum.
-pub(super) fn computed<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    let dtype = computed_in(x.dtype());
-    x.cast(dtype)
-}
-
-fn computed_in(dtype: DType) -> DType {
-    match dtype {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
 }
 
 /// The logsumexp for the backward: −∞ becomes so large that the weights of the row are exactly 0.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use super::is_half;
+use crate::precision::computed_in;
 use crate::shape::reshape;
 use crate::vjp::attach1;
 
@@ -81,13 +82,6 @@ pub fn assert_classes(targets: impl IntoIterator<Item = u32>, classes: usize) {
 pub(super) struct Peaks {
     largest: Tensor<2>,
     sum: Tensor<2>,
-}
-
-fn computed_in(dtype: DType) -> DType {
-    match is_half(dtype) {
-        true => DType::F32,
-        false => dtype,
-    }
 }
 
 fn forward(x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, Peaks) {

@@ -42,9 +42,10 @@ struct State {
 impl State {
     /// The error of `rank`'s wait, or of the one that it leads to.
     fn unanswered(&self, rank: usize) -> Option<CommError> {
-        let until_now = |(wait, since): &(Wait, Instant)| Wait {
+        let until_now = |(call, missing, since): &(Call, Vec<usize>, Instant)| Wait {
+            call: call.clone(),
+            missing: missing.clone(),
             waited: since.elapsed(),
-            ..wait.clone()
         };
         let waits = (self.ranks.iter()).map(|rank| rank.waits.as_ref().map(until_now));
         waits::unanswered(&waits.collect::<Vec<_>>(), rank)
@@ -54,8 +55,8 @@ impl State {
 #[derive(Debug, Clone, Default)]
 struct RankState {
     last: Option<Call>,
-    /// What it waits for, and since when.
-    waits: Option<(Wait, Instant)>,
+    /// What it waits for, whom, and since when.
+    waits: Option<(Call, Vec<usize>, Instant)>,
     ended: bool,
 }
 
@@ -368,12 +369,7 @@ impl LocalPending {
                 call: self.call.clone(),
                 ended,
             });
-            let wait = Wait {
-                call: self.call.clone(),
-                missing,
-                waited: start.elapsed(),
-            };
-            state.ranks[rank].waits = Some((wait, start));
+            state.ranks[rank].waits = Some((self.call.clone(), missing, start));
             let error = ended.or_else(|| {
                 let over = Instant::now() >= deadline;
                 over.then(|| state.unanswered(rank)).flatten()

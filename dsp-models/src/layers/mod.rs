@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use dsp_core::layout::select_ranges;
 
 mod activation;
@@ -21,14 +21,6 @@ pub use mlp::Mlp;
 pub use norm::{LayerNorm, RmsNorm};
 pub use rotary::{Rotary, RotaryTables};
 pub use sincos::{sin_cos_2d, timestep_features};
-
-/// The same in f32 at least, for what is summed over many elements, such as a loss.
-pub(crate) fn single_at_least<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    match x.dtype() {
-        DType::F16 | DType::BF16 => x.cast(DType::F32),
-        _ => x,
-    }
-}
 
 /// A range of one dim, as [`Tensor::narrow`] gives it, also of a tensor that is empty along another dim.
 pub(crate) fn narrow<const D: usize>(x: Tensor<D>, dim: usize, range: Range<usize>) -> Tensor<D> {

@@ -6,11 +6,11 @@
 
 use burn::tensor::{Tensor, TensorData};
 use dsp_core::Shard;
+use dsp_core::precision::computed;
 
 use super::config::LATITUDE;
 use super::grid::Grid;
 use crate::error::ModelError;
-use crate::layers::single_at_least;
 
 /// What a model is trained on, the same on every rank.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ pub fn loss(forecast: &Shard, next: Tensor<5>, grid: &Grid) -> Result<Tensor<1>,
             ),
         });
     }
-    let said = single_at_least(forecast.tensor().clone());
+    let said = computed(forecast.tensor().clone());
     let like = (&next.device(), said.dtype());
     let next = Shard::split(next.cast(like.1), forecast.layout(), forecast.rank())?;
 

@@ -174,8 +174,7 @@ impl States {
     /// - `state`: `[B, Hq, d, dv]`, in the dtype of [`last`](Self::last)
     ///
     /// # Cost
-    /// `2·⌈L/64⌉·B·Hq·d·dv` operations in one pass over the states, unless somebody else holds them; on the CPU none if
-    /// the state is 0, as what comes to the first chunk.
+    /// `2·⌈L/64⌉·B·Hq·d·dv` operations, on the CPU in one pass over the states, in place unless somebody else holds them.
     pub fn receive(&mut self, state: &Tensor<4>, problem: &Problem) {
         if state.shape().num_elements() == 0 {
             return;
@@ -475,14 +474,6 @@ pub fn linear_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, problem: Probl
         let gradients = backward([&q, &k, &v], &states, &dout, &problem);
         Ok::<_, Infallible>([gradients.query, gradients.key, gradients.value])
     })
-}
-
-/// What a tensor's products and states are computed in: f32 at least.
-fn computed_in(x: &Tensor<4>) -> DType {
-    match x.dtype() {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
-    }
 }
 
 /// The positions in blocks.

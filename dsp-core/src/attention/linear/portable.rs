@@ -5,8 +5,9 @@ use std::ops::Range;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::super::chunks::Direction;
-use super::{GradientsWithin, Problem, States, computed_in, ranges};
+use super::{GradientsWithin, Problem, States, ranges};
 use crate::matmul::matmul;
+use crate::precision::computed_in;
 
 impl Problem {
     /// Which of the held key-value heads each held query head attends with.
@@ -267,7 +268,7 @@ impl Rows {
     }
 
     fn like(&self) -> (&Device, DType) {
-        (&self.device, computed_in(&self.x))
+        (&self.device, computed_in(self.x.dtype()))
     }
 
     fn length(&self) -> usize {

@@ -22,7 +22,7 @@ pub(super) fn pack(tensor: &Tensor<DIMS>, boxes: &[Transfer]) -> Tensor<1> {
             });
             // A single box may be a view as yet.
             let packed = Tensor::<1>::cat(flat.collect(), 0);
-            Tensor::from_data(packed.to_data(), (&tensor.device(), tensor.dtype()))
+            Tensor::from_primitive::<Flex>(on_flex(&packed).to_contiguous())
         }
     }
 }
@@ -76,7 +76,7 @@ fn each_run_as<E: Real + bytemuck::Pod>(
     }
 }
 
-fn on_flex(tensor: &Tensor<DIMS>) -> FlexTensor {
+fn on_flex<const D: usize>(tensor: &Tensor<D>) -> FlexTensor {
     match tensor.clone().try_into_primitive::<Flex>() {
         Ok(tensor) => tensor,
         Err(_) => unreachable!("only tensors on Flex are packed or laid in place"),

@@ -63,6 +63,7 @@ use self::library::Library;
 pub(crate) use self::process::Job;
 use self::process::Process;
 use crate::error::CommError;
+use crate::launch::LONGEST_TIMEOUT;
 
 /// Why NCCL cannot be used, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -161,9 +162,6 @@ pub enum NcclError {
     Thread(#[source] std::io::Error),
 }
 
-/// The longest wait for the other processes, in place of any longer one: some clocks cannot count much further.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-
 /// Which of a job's processes one is, and what it uses.
 #[derive(Debug, Clone)]
 pub struct NcclConfig {
@@ -203,10 +201,10 @@ impl NcclConfig {
         self
     }
 
-    /// How long the ranks wait for each other to come, at most a year; a minute, if nothing else is said.
+    /// How long the ranks wait for each other to come, at most [`LONGEST_TIMEOUT`]; a minute, if nothing else is said.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout.min(LONGEST);
+        self.timeout = timeout.min(LONGEST_TIMEOUT);
         self
     }
 

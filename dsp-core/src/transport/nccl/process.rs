@@ -660,11 +660,10 @@ impl<M: Mover> Worker<M> {
 
 #[cfg(test)]
 mod tests {
-
-    use super::super::LONGEST;
     use super::super::meeting;
     use super::super::mover::Patience;
     use super::*;
+    use crate::launch::LONGEST_TIMEOUT;
     use crate::ledger::Collective;
 
     /// What a mover without a GPU does with boxes.
@@ -1034,7 +1033,7 @@ mod tests {
                 // So that the other one's wait is told to the hub.
                 std::thread::sleep(2 * NOTICE);
             }
-            let deadline = Instant::now() + LONGEST;
+            let deadline = Instant::now() + LONGEST_TIMEOUT;
             assert_eq!(
                 exchange_once(&job, Announcement::of(&[0, 1], 0), deadline),
                 None
