@@ -54,8 +54,12 @@ impl<E: Real> Rows<E> {
     /// The rows of `x`, which is copied only if its last dim is strided itself.
     pub(crate) fn of<const D: usize>(x: Tensor<D>) -> Self {
         let dims = x.dims();
+        Self::of_primitive(primitive(x), dims)
+    }
+
+    /// The same of what Burn has below a tensor of these `dims`.
+    fn of_primitive<const D: usize>(mut tensor: FlexTensor, dims: [usize; D]) -> Self {
         let (width, count) = (dims[D - 1], dims[..D - 1].iter().product());
-        let mut tensor = primitive(x);
         if width > 1 && tensor.layout().strides()[D - 1] != 1 {
             tensor = tensor.to_contiguous();
         }
@@ -120,27 +124,28 @@ impl<E: Real> Owned<E> {
 
     /// The values of `x`: in its own storage if nobody else holds that, else a copy.
     pub(crate) fn of<const D: usize>(x: Tensor<D>) -> Self {
-        let shape = x.dims();
-        Self::alone(x).unwrap_or_else(|shared| {
-            let copied = written_from(shared, WHOLE, |_, _| ());
-            Self::from_vec(copied.0, &shape)
-        })
+        let (shape, x) = (x.dims(), primitive(x));
+        if Self::is_alone(&x) {
+            return Self::alone(x);
+        }
+        let (values, _) = written_from(x, shape, WHOLE, |_, _| ());
+        Self::from_vec(values, &shape)
     }
 
-    /// The values of `x` in its own storage, or `x` if somebody else holds that too.
-    fn alone<const D: usize>(x: Tensor<D>) -> Result<Self, Tensor<D>> {
-        let count = x.shape().num_elements();
-        let tensor = primitive(x);
+    /// Whether a tensor is all that its storage has, and nobody else holds that.
+    fn is_alone(tensor: &FlexTensor) -> bool {
         let layout = tensor.layout();
         let whole = layout.is_contiguous()
             && layout.start_offset() == 0
-            && tensor.storage::<E>().len() == count;
-        match whole && tensor.is_unique() {
-            true => Ok(Self {
-                tensor,
-                element: PhantomData,
-            }),
-            false => Err(Tensor::from_primitive::<Flex>(tensor)),
+            && tensor.storage::<E>().len() == layout.num_elements();
+        whole && tensor.is_unique()
+    }
+
+    /// A tensor that [is alone](Self::is_alone).
+    fn alone(tensor: FlexTensor) -> Self {
+        Self {
+            tensor,
+            element: PhantomData,
         }
     }
 
@@ -195,30 +200,28 @@ pub(crate) fn changed<E: Real, R: Send, const D: usize>(
     group: usize,
     change: impl Fn(usize, &mut [E]) -> R + Send + Sync,
 ) -> (Tensor<D>, Vec<R>) {
-    let shape = x.dims();
-    match Owned::alone(x) {
-        Ok(mut own) => {
-            let blocks = blocks_of(shape, group);
-            let values = split(own.values(), blocks.iter().map(|(elements, _)| *elements));
-            let blocks = blocks.iter().map(|(_, rows)| rows.start).zip(values);
-            let results = each(blocks.collect(), |(first, block)| change(first, block));
-            (own.into_tensor(), results)
-        }
-        Err(shared) => {
-            let (values, results) = written_from(shared, group, change);
-            (Owned::from_vec(values, &shape).into_tensor(), results)
-        }
+    let (shape, x) = (x.dims(), primitive(x));
+    if !Owned::<E>::is_alone(&x) {
+        let (values, results) = written_from(x, shape, group, change);
+        return (Owned::from_vec(values, &shape).into_tensor(), results);
     }
+    let mut own = Owned::alone(x);
+    let blocks = blocks_of(shape, group);
+    let values = split(own.values(), blocks.iter().map(|(elements, _)| *elements));
+    let blocks = blocks.iter().map(|(_, rows)| rows.start).zip(values);
+    let results = each(blocks.collect(), |(first, block)| change(first, block));
+    (own.into_tensor(), results)
 }
 
-/// A copy of `x`, of which each block is changed once it is there.
+/// A copy of `x`, which has this shape, of which each block is changed once it is there.
 fn written_from<E: Real, R: Send, const D: usize>(
-    x: Tensor<D>,
+    x: FlexTensor,
+    shape: [usize; D],
     group: usize,
     change: impl Fn(usize, &mut [E]) -> R + Send + Sync,
 ) -> (Vec<E>, Vec<R>) {
-    let (blocks, x) = (blocks_of(x.dims(), group), Rows::<E>::of(x));
-    fresh::written(blocks, |rows, part| {
+    let x = Rows::<E>::of_primitive(x, shape);
+    fresh::written(blocks_of(shape, group), |rows, part| {
         let first = rows.start;
         for row in rows {
             part.extend_from_slice(x.row(row));
