@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use clap::Parser;
+use dsp_models::training::Store;
 
 use super::{Job, LauncherError};
-use crate::train::TrainArgs;
+use crate::train::{CHECKPOINTS, TrainArgs};
 
 /// The variables that say where a process stands: those of the program that started it.
 #[derive(Debug, Clone, Default)]
@@ -136,6 +138,39 @@ pub(super) struct Training {
     mesh: Vec<OsString>,
     /// Where the run goes.
     folder: PathBuf,
+    /// What the run begins by removing, the last of it: a checkpoint later than the one that it is to go on from.
+    stale: Option<Stale>,
+}
+
+/// A checkpoint as it was before the job.
+#[derive(Debug, PartialEq, Eq)]
+struct Stale {
+    path: PathBuf,
+    written: SystemTime,
+}
+
+impl Stale {
+    /// The first that is later than this step.
+    fn after(step: u64, folder: &Path) -> Option<Self> {
+        let store = Store::existing(folder.join(CHECKPOINTS)).ok()?;
+        let first = store
+            .steps()
+            .ok()?
+            .into_iter()
+            .find(|&later| later > step)?;
+        Self::at(store.path(first))
+    }
+
+    /// The one that is there now.
+    fn at(path: PathBuf) -> Option<Self> {
+        let written = path.metadata().and_then(|found| found.modified()).ok()?;
+        Some(Self { path, written })
+    }
+
+    /// Whether it was not removed, nor another one put in its place.
+    fn stands(&self) -> bool {
+        Self::at(self.path.clone()).as_ref() == Some(self)
+    }
 }
 
 /// `train` and what stands behind it, as the ranks will read it.
@@ -165,10 +200,13 @@ impl Training {
         for option in ["--ranks", "--mesh"] {
             remove(&mut words, option);
         }
+        let folder = train.folder(&run);
+        let stale = train.from_step.and_then(|step| Stale::after(step, &folder));
         Ok(Some(Self {
             words,
             mesh,
-            folder: train.folder(&run),
+            folder,
+            stale,
         }))
     }
 
@@ -177,14 +215,16 @@ impl Training {
         [&self.words[..], &self.mesh].concat()
     }
 
-    /// What each rank does after a failure: it goes on from the last checkpoint, if there is one, on `ranks` ranks if
-    /// those are other ones than the job's.
+    /// What each rank does after a failure: it goes on from the last checkpoint, if the run has made one or goes on from
+    /// it, on `ranks` ranks if those are other ones than the job's.
     pub(super) fn again(&self, job: &Job, ranks: usize) -> Vec<OsString> {
         let mesh = match ranks == job.ranks {
             true => self.mesh.clone(),
             false => ranks_of(ranks),
         };
-        let words = match has_checkpoint(&self.folder) {
+        // A run that failed before it had removed what is later than its beginning goes on from there, not from that.
+        let has_begun = !self.stale.as_ref().is_some_and(Stale::stands);
+        let words = match has_begun && has_checkpoint(&self.folder) {
             true => vec![
                 "train".into(),
                 "--resume".into(),
@@ -201,7 +241,7 @@ fn ranks_of(ranks: usize) -> Vec<OsString> {
 }
 
 fn has_checkpoint(folder: &Path) -> bool {
-    dsp_models::training::Store::existing(folder.join("checkpoints"))
+    Store::existing(folder.join(CHECKPOINTS))
         .and_then(|store| store.latest())
         .is_ok_and(|latest| latest.is_some())
 }
@@ -224,6 +264,7 @@ fn is_option(word: &OsStr, option: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroUsize;
     use std::time::Duration;
 
     use super::super::TransportKind;
@@ -350,16 +391,44 @@ mod tests {
         let expected = ["train", "--model", "lm", "--out", out, "--ranks", "3"];
         assert_eq!(fewer, expected.map(OsString::from));
 
-        let store = dsp_models::training::Store::open(folder.path().join("checkpoints")).unwrap();
-        store
-            .save(5, &[("a", vec![1_u8])], std::num::NonZeroUsize::MIN)
-            .unwrap();
+        let store = Store::open(folder.path().join(CHECKPOINTS)).unwrap();
+        save(&store, 5);
         let on = training.again(&job, 4);
         let expected = ["train", "--resume", out, "--mesh", "sp=4,dp=1"];
         assert_eq!(on, expected.map(OsString::from));
         let fewer = training.again(&job, 2);
         let expected = ["train", "--resume", out, "--ranks", "2"];
         assert_eq!(fewer, expected.map(OsString::from));
+    }
+
+    fn save(store: &Store, step: u64) {
+        let all = NonZeroUsize::new(usize::MAX).unwrap();
+        store.save(step, &[("a", vec![1_u8])], all).unwrap();
+    }
+
+    #[test]
+    fn a_run_that_failed_before_it_went_back_goes_back_and_not_on_from_what_it_was_to_remove() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunConfig::of_model(ModelKind::Lm).unwrap();
+        std::fs::write(folder.path().join("config.toml"), run.to_toml().unwrap()).unwrap();
+        let store = Store::open(folder.path().join(CHECKPOINTS)).unwrap();
+        for step in [5, 10, 15] {
+            save(&store, step);
+        }
+        let out = folder.path().to_str().unwrap();
+        let job = job(&["train", "--resume", out, "--from-step", "5"], 2);
+        let training = training(&job);
+        assert_eq!(training.again(&job, 2), training.first());
+        // Half of the way back.
+        store.forget_after(10).unwrap();
+        assert_eq!(training.again(&job, 2), training.first());
+        let on = ["train", "--resume", out].map(OsString::from);
+        store.forget_after(5).unwrap();
+        assert_eq!(training.again(&job, 2), on);
+        // It has made that step again.
+        std::thread::sleep(Duration::from_millis(20));
+        save(&store, 10);
+        assert_eq!(training.again(&job, 2), on);
     }
 
     #[test]

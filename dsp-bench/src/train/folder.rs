@@ -9,7 +9,7 @@ use super::config::RunConfig;
 use super::run::{Line, TrainError};
 
 pub(super) const CONFIG: &str = "config.toml";
-pub(super) const CHECKPOINTS: &str = "checkpoints";
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 pub(super) const SAMPLES: &str = "samples";
 const METRICS: &str = "metrics.jsonl";
 const LOCK: &str = "lock";

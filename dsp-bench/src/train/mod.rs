@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 pub use arguments::TrainArgs;
 pub use config::{Change, ChangeError, RunConfig, RunConfigError};
+pub(crate) use folder::CHECKPOINTS;
 pub use folder::{config_of, metrics_of};
 pub use page::{PageError, render};
 pub use picture::PictureError;
