@@ -82,7 +82,7 @@ fn exchange_as<const D: usize>(
     let y = group.exchange(Request {
         collective: forward,
         phase: Phase::Forward,
-        tracking: tracking(&x),
+        tracking: Tracking::of([&x]),
         tensor: reshape(x.clone().inner(), view),
         before: before.clone(),
         after: after.clone(),
@@ -104,15 +104,6 @@ fn exchange_as<const D: usize>(
         })?;
         Ok::<_, CommError>(reshape(gradient, dims))
     }))
-}
-
-/// Whether `x` takes part in an autodiff graph.
-pub fn tracking<const D: usize>(x: &Tensor<D>) -> Tracking {
-    if x.is_tracked() {
-        Tracking::Tracked
-    } else {
-        Tracking::Untracked
-    }
 }
 
 /// Lays a shard out differently, by whichever collective leads there.
@@ -345,28 +336,37 @@ pub fn all_reduce_in<const D: usize>(
     phase: Phase,
     group: &Group,
 ) -> Result<Tensor<D>, CommError> {
-    let dims = x.dims();
-    let count = x.shape().num_elements();
+    let (dims, count) = (x.dims(), x.shape().num_elements());
+    let first = half_reduce(x.inner(), count, (phase, Step::First), group);
+    let chunk = group.exchange(first)?;
+    let further = half_reduce(chunk, count, (phase, Step::Further), group);
+    Ok(reshape(group.exchange(further)?, dims))
+}
+
+/// One of the two exchanges of an all-reduce of `count` elements, untracked: of all of them to the sums of this rank's
+/// chunk, or of that to all sums.
+pub(crate) fn half_reduce<const D: usize>(
+    x: Tensor<D>,
+    count: usize,
+    (phase, step): (Phase, Step),
+    group: &Group,
+) -> Request {
     let partition = Partition::balanced(count, group.size());
     let (split, whole) = split_and_whole([count], 0, &partition);
-    let mut tensor = reshape(x.inner(), [1, count, 1, 1, 1]);
-    let exchanges = [
-        (&whole, &split, Step::First),
-        (&split, &whole, Step::Further),
-    ];
-    for (before, after, step) in exchanges {
-        tensor = group.exchange(Request {
-            collective: Collective::AllReduce,
-            phase,
-            tracking: Tracking::Untracked,
-            tensor,
-            before: before.clone(),
-            after: after.clone(),
-            step,
-            answers: None,
-        })?;
+    let (before, after) = match step {
+        Step::First => (whole, split),
+        Step::Further => (split, whole),
+    };
+    Request {
+        collective: Collective::AllReduce,
+        phase,
+        tracking: Tracking::Untracked,
+        tensor: reshape(x, before.local_shape(group.rank())),
+        before,
+        after,
+        step,
+        answers: None,
     }
-    Ok(reshape(tensor, dims))
 }
 
 /// Gives every rank the root's tensor. All ranks pass a tensor of the same shape; only the root's counts.
@@ -403,7 +403,7 @@ pub fn broadcast<const D: usize>(
     let whole = Blocks::replicated([1, count, 1, 1, 1], ranks);
     let after = Arc::new(whole.clone());
     let before = Arc::new(whole.with_dim(1, DimBlocks::from_ranges(count, held)));
-    let tracking = tracking(&x);
+    let tracking = Tracking::of([&x]);
     let asked = group.next_sequence();
     let tensor = reshape(x.clone().inner(), [1, count, 1, 1, 1]);
     let tensor = if rank == root {

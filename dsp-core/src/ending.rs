@@ -95,10 +95,7 @@ pub(crate) fn switched(
     let weight: Tensor<DIMS> = leading_ones(weight);
 
     let inputs = [x, h, weight, bias, gate];
-    let tracking = match inputs.iter().any(Tensor::is_tracked) {
-        true => Tracking::Tracked,
-        false => Tracking::Untracked,
-    };
+    let tracking = Tracking::of(&inputs);
     let [x, h, weight, bias, gate] = inputs.each_ref().map(|input| input.clone().inner());
     let mut kept = Kept {
         asked: group.next_sequence(),

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::blocks::DIMS;
@@ -37,6 +37,16 @@ pub enum Tracking {
     Tracked,
     /// None will.
     Untracked,
+}
+
+impl Tracking {
+    /// That of what is computed from these tensors.
+    pub fn of<'a, const D: usize>(inputs: impl IntoIterator<Item = &'a Tensor<D>>) -> Self {
+        match inputs.into_iter().any(Tensor::is_tracked) {
+            true => Self::Tracked,
+            false => Self::Untracked,
+        }
+    }
 }
 
 impl std::fmt::Display for Call {

@@ -244,15 +244,20 @@ impl Fit {
         reshape(gradient, [count])
     }
 
-    /// The gradient of a parameter of this shape, from what the bucket has.
-    pub(crate) fn shaped<const D: usize>(&self, flat: Tensor<1>, shape: [usize; D]) -> Tensor<D> {
-        match &self.within {
-            Some((dim, ranges, whole)) => {
-                let whole = std::array::from_fn(|dim| whole[dim]);
-                select_ranges(reshape::<_, D>(flat, whole), *dim, ranges)
-            }
-            None => reshape(flat, shape),
-        }
+    /// What is here of what the bucket has.
+    pub(crate) fn held(&self, flat: Tensor<1>) -> Tensor<1> {
+        let Some((dim, ranges, whole)) = &self.within else {
+            return flat;
+        };
+        let (before, behind) = (&whole[..*dim], &whole[dim + 1..]);
+        let view = [
+            before.iter().product(),
+            whole[*dim],
+            behind.iter().product(),
+        ];
+        let held = select_ranges(reshape::<_, 3>(flat, view), 1, ranges);
+        let count = held.shape().num_elements();
+        reshape(held, [count])
     }
 }
 
@@ -301,7 +306,7 @@ impl<M> ModuleVisitor for Register<'_, M> {
         let span = start..start + length;
         let sum = select_ranges(self.sums.clone(), 0, std::slice::from_ref(&span));
         let fit = Fit::of(self.placed, param.id, self.members);
-        let gradient = fit.shaped(sum, param.shape().dims::<D>());
+        let gradient = reshape(fit.held(sum), param.shape().dims::<D>());
         self.gradients.register(param.id, gradient);
     }
 }

@@ -9,8 +9,9 @@
 //! ```
 //!
 //! Parameters are put into buckets in the order in which a backward pass comes to them: the module's, from its end. A
-//! bucket that is full goes through the two exchanges of an all-reduce, and over the replicas through two more; the
-//! pass waits for none of them, but hands on what has arrived whenever it comes by.
+//! bucket that is full goes through the two exchanges of an all-reduce, and over the replicas, which hold the same parts,
+//! with this rank's parts through two more; the pass waits for none of them, but hands on what has arrived whenever it
+//! comes by.
 //!
 //! Ranks need not fill their buckets in the same order, nor use the same parameters: each of these exchanges has a group
 //! of its own, in which the buckets follow one another by number. So an exchange of the passes and one of the gradients
@@ -30,14 +31,13 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Gradients, Tensor};
 
-use crate::blocks::{Blocks, DimBlocks};
+use crate::collective::half_reduce;
 use crate::cost;
-use crate::error::{CommError, Tracking};
+use crate::error::CommError;
 use crate::gradients::{Fit, Members};
-use crate::group::{Group, InFlight, Request, Step};
+use crate::group::{Group, InFlight, Step};
 use crate::layout::select_ranges;
-use crate::ledger::{Collective, Phase};
-use crate::partition::Partition;
+use crate::ledger::Phase;
 use crate::place::Placed;
 use crate::session::Session;
 use crate::shape::reshape;
@@ -97,11 +97,11 @@ impl Overlap {
         placed.module.visit(&mut plan);
         let buckets = Flow::new(&self.legs, self.bucket, plan.entries).buckets;
         let of_bucket = |bucket: Bucket| {
-            let groups = self.legs[bucket.legs.clone()].iter().step_by(2);
-            let sends = |group: &Group| {
-                cost::all_reduce(bucket.elements(), group.size(), group.rank()).forward
+            let sends = |leg: usize| {
+                let (elements, group) = (bucket.elements(leg), &self.legs[leg]);
+                cost::all_reduce(elements, group.size(), group.rank()).forward
             };
-            groups.map(sends).sum::<u64>()
+            bucket.legs.clone().step_by(2).map(sends).sum::<u64>()
         };
         buckets.into_iter().map(of_bucket).sum()
     }
@@ -132,7 +132,6 @@ impl Reduction {
         flow.finish()?;
         let mut collect = Collect {
             flow: &flow,
-            placed,
             earlier,
             gradients: GradientsParams::from_module(gradients, &placed.module),
         };
@@ -146,11 +145,16 @@ fn lock(flow: &Mutex<Flow>) -> MutexGuard<'_, Flow> {
     flow.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The first leg that leads over the replicas.
+const OF_REPLICAS: usize = 2;
+
 /// A parameter whose gradient is summed.
 #[derive(Debug)]
 struct Summed {
     id: ParamId,
     over: Over,
+    fit: Fit,
+    held: usize,
     elements: usize,
     like: (Device, DType),
 }
@@ -193,7 +197,9 @@ impl<M> ModuleVisitor for Planning<'_, M> {
         self.entries.push(Summed {
             id: param.id,
             over,
+            held: value.shape().num_elements(),
             elements: fit.elements(&value.dims()),
+            fit,
             like: (value.clone().inner().device(), value.dtype()),
         });
     }
@@ -222,6 +228,9 @@ struct Bucket {
 /// A parameter's place in a bucket.
 #[derive(Debug)]
 struct Slot {
+    fit: Fit,
+    /// Of its elements, how many are here.
+    held: usize,
     elements: usize,
     like: (Device, DType),
     /// What earlier parts of the step left.
@@ -255,13 +264,15 @@ impl Flow {
         for Summed {
             id,
             over,
+            fit,
+            held,
             elements,
             like,
         } in entries.into_iter().rev()
         {
             let on = match over {
                 Over::All => 0..legs.len(),
-                Over::Replicas => 2.min(legs.len())..legs.len(),
+                Over::Replicas => OF_REPLICAS.min(legs.len())..legs.len(),
             };
             if on.is_empty() {
                 continue;
@@ -284,12 +295,14 @@ impl Flow {
             let bucket = &mut flow.buckets[index];
             flow.places.insert(id, (index, bucket.slots.len()));
             bucket.slots.push(Slot {
+                fit,
+                held,
                 elements,
                 like,
                 earlier: None,
                 own: None,
             });
-            if bucket.elements() >= limit.get() {
+            if bucket.elements(0) >= limit.get() {
                 open.retain(|&(.., bucket)| bucket != index);
             }
         }
@@ -340,10 +353,15 @@ impl Flow {
                 if self.entered[leg] == bucket.turns[leg - bucket.legs.start] =>
             {
                 self.entered[leg] += 1;
-                let request = request(leg, flat, bucket.elements(), &self.legs[leg]);
+                // Even legs sum, odd ones gather.
+                let step = [Step::First, Step::Further][leg % 2];
+                let half = (Phase::Gradients, step);
+                let request = half_reduce(flat, bucket.elements(leg), half, &self.legs[leg]);
                 (State::On(leg, self.legs[leg].start(request)?), true)
             }
-            State::On(leg, flight) if flight.is_ready() => (came_through(leg, flight)?, true),
+            State::On(leg, flight) if flight.is_ready() => {
+                (bucket.came_through(leg, flight)?, true)
+            }
             state => (state, false),
         };
         bucket.state = state;
@@ -363,27 +381,51 @@ impl Flow {
                 return Ok(());
             };
             if let State::On(leg, flight) = std::mem::replace(&mut first.state, State::Filling) {
-                first.state = came_through(leg, flight)?;
+                first.state = first.came_through(leg, flight)?;
             }
         }
     }
 
-    /// A parameter's part of the sums.
+    /// A parameter's part of the sums: what is here of it.
     fn sum(&self, id: ParamId) -> Option<Tensor<1>> {
         let &(bucket, slot) = self.places.get(&id)?;
         let Bucket { slots, state, .. } = &self.buckets[bucket];
         let State::Done(sums) = state else {
             return None;
         };
-        let start: usize = slots[..slot].iter().map(|slot| slot.elements).sum();
-        let own = start..start + slots[slot].elements;
+        let start: usize = slots[..slot].iter().map(|slot| slot.held).sum();
+        let own = start..start + slots[slot].held;
         Some(select_ranges(sums.clone(), 0, std::slice::from_ref(&own)))
     }
 }
 
 impl Bucket {
-    fn elements(&self) -> usize {
-        self.slots.iter().map(|slot| slot.elements).sum()
+    /// How many elements go over a leg.
+    fn elements(&self, leg: usize) -> usize {
+        let of_slot = |slot: &Slot| match leg < OF_REPLICAS {
+            true => slot.elements,
+            false => slot.held,
+        };
+        self.slots.iter().map(of_slot).sum()
+    }
+
+    /// Waits for what comes over a leg. Of sums over the ranks only the parts that are here go on.
+    fn came_through(&self, leg: usize, flight: InFlight) -> Result<State, CommError> {
+        let arrived = flight.wait()?;
+        let count = arrived.shape().num_elements();
+        let mut flat = reshape(arrived, [count]);
+        let all_held = self.slots.iter().all(|slot| slot.held == slot.elements);
+        if leg + 1 == OF_REPLICAS && !all_held {
+            let mut start = 0;
+            let held = self.slots.iter().map(|slot| {
+                let own = start..start + slot.elements;
+                start = own.end;
+                let own = select_ranges(flat.clone(), 0, std::slice::from_ref(&own));
+                slot.fit.held(own)
+            });
+            flat = Tensor::cat(held.collect(), 0);
+        }
+        Ok(State::Before(leg + 1, flat))
     }
 
     /// What the pass did not use counts with what came earlier, or nothing.
@@ -396,35 +438,6 @@ impl Bucket {
             let none = || Tensor::zeros([slot.elements], (device, *dtype));
             slot.own = Some(slot.earlier.take().unwrap_or_else(none));
         }
-    }
-}
-
-fn came_through(leg: usize, flight: InFlight) -> Result<State, CommError> {
-    let arrived = flight.wait()?;
-    let count = arrived.shape().num_elements();
-    Ok(State::Before(leg + 1, reshape(arrived, [count])))
-}
-
-/// The exchange of a leg: even ones sum, odd ones gather.
-fn request(leg: usize, flat: Tensor<1>, elements: usize, group: &Group) -> Request {
-    let ranks = group.size();
-    let partition = Partition::balanced(elements, ranks);
-    let whole = Blocks::replicated([1, elements, 1, 1, 1], ranks);
-    let split = whole.clone().with_dim(1, DimBlocks::split(&partition));
-    let (whole, split) = (Arc::new(whole), Arc::new(split));
-    let (before, after, step) = match leg % 2 {
-        0 => (whole, split, Step::First),
-        _ => (split, whole, Step::Further),
-    };
-    Request {
-        collective: Collective::AllReduce,
-        phase: Phase::Gradients,
-        tracking: Tracking::Untracked,
-        tensor: reshape(flat, before.local_shape(group.rank())),
-        before,
-        after,
-        step,
-        answers: None,
     }
 }
 
@@ -460,20 +473,16 @@ impl<M> ModuleMapper for Hook<'_, M> {
 }
 
 /// Puts the sums in the place of the pass's own gradients.
-struct Collect<'a, M> {
+struct Collect<'a> {
     flow: &'a Flow,
-    placed: &'a Placed<M>,
     earlier: GradientsParams,
     gradients: GradientsParams,
 }
 
-impl<M> ModuleVisitor for Collect<'_, M> {
+impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let gradient = match (self.flow.sum(param.id), self.earlier.remove::<D>(param.id)) {
-            (Some(sum), _) => {
-                let fit = Fit::of(self.placed, param.id, Members::OfOneModel);
-                fit.shaped(sum, param.shape().dims::<D>())
-            }
+            (Some(sum), _) => reshape(sum, param.shape().dims::<D>()),
             (None, Some(earlier)) => match self.gradients.remove::<D>(param.id) {
                 Some(own) => earlier + own,
                 None => earlier,

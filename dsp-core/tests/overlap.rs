@@ -158,7 +158,8 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 impl Case {
-    fn run(&self, world: &Group, toy: &Toy) -> Result<(), Error> {
+    /// What this rank sends: after the pass, and while it runs.
+    fn run(&self, world: &Group, toy: &Toy) -> Result<[u64; 2], Error> {
         let along = |stride, size| world.along(MeshAxis { stride, size });
         let group = along(1, self.ranks)?;
         let model = ModelShape {
@@ -193,9 +194,10 @@ impl Case {
         let mut gradients = session.backward(Loss::OfShard(loss))?;
         let gradients = GradientsParams::from_module(&mut gradients, &placed.module);
         earlier.accumulate(&placed.module, gradients);
-        let expected = session.reduce_collected(earlier.grads(), &placed)?;
-
         world.ledger().take();
+        let expected = session.reduce_collected(earlier.grads(), &placed)?;
+        let after = world.ledger().take().phase(Phase::Gradients);
+
         let (module, reduction) = overlap.begin(&placed, again.grads());
         let mut gradients = session.backward(Loss::OfShard(module.loss(rank, 0, uses_all)))?;
         let found = reduction.finish(&mut gradients, &placed)?;
@@ -209,7 +211,7 @@ impl Case {
                 .all(Option::is_some)
         );
         assert_eq!(found, expected);
-        Ok(())
+        Ok([after.elements, sent.elements])
     }
 }
 
@@ -222,6 +224,9 @@ proptest! {
         let ranks = case.ranks * case.replicas;
         let run = launch(ranks, move |world| case.run(&world, &toy));
         prop_assert!(run.is_ok(), "{}", run.unwrap_err());
+        // Buckets cut the elements elsewhere: each rank's part is another, that of all is not.
+        let all = |way: usize| -> u64 { run.iter().flatten().map(|sent| sent[way]).sum() };
+        prop_assert_eq!(all(0), all(1));
     }
 }
 

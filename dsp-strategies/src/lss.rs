@@ -29,7 +29,6 @@ use dsp_core::attention::{
     Attended, Fold, Logsumexp, Problem, attend_local, backward, forward, positions, samples,
 };
 use dsp_core::blocks::{Blocks, DIMS};
-use dsp_core::collective::tracking;
 use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::group::{Request, Step};
@@ -117,14 +116,11 @@ impl SequenceParallel for Lss {
             dropout: scope.dropout,
             samples: samples(&query, attention.axes, queries.batch(), rank),
         };
-        let tracked = match inputs.iter().map(tracking).any(|x| x == Tracking::Tracked) {
-            true => Tracking::Tracked,
-            false => Tracking::Untracked,
-        };
+        let tracking = Tracking::of(&inputs);
         let [q, k, v] = inputs.each_ref().map(|x| x.clone().inner());
         let q = queries.fold(q, attention.heads.query);
         let held = attention.heads.key_value;
-        let [k, v] = gather.there([k, v], tracked)?.map(|x| keys.fold(x, held));
+        let [k, v] = gather.there([k, v], tracking)?.map(|x| keys.fold(x, held));
         let (out, lse) = forward(q.clone(), k.clone(), v.clone(), &problem);
         let logsumexp = match scope.logsumexp {
             Logsumexp::Wanted => {

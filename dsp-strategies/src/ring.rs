@@ -91,7 +91,6 @@ impl SequenceParallel for Ring {
             return attend_local(qkv, scope);
         }
         let (rank, group) = (qkv[0].rank(), scope.scope.group);
-        let tracked = qkv.iter().any(|x| x.tensor().is_tracked());
         let inputs = qkv.map(Shard::into_tensor);
         let fold = Fold::new(inputs[0].dims(), attention.axes);
         let key_fold = Fold::new(inputs[1].dims(), attention.axes);
@@ -108,11 +107,7 @@ impl SequenceParallel for Ring {
             samples: samples(&query, attention.axes, fold.batch(), rank),
             queries: of_each(&query),
             keys: of_each(&key),
-            tracking: if tracked {
-                Tracking::Tracked
-            } else {
-                Tracking::Untracked
-            },
+            tracking: Tracking::of(&inputs),
             asked: group.next_sequence(),
             group: group.clone(),
         };

@@ -80,12 +80,7 @@ impl SequenceParallel for Ulysses {
         let rank = qkv[0].rank();
         let group = scope.scope.group;
         let everyone: Vec<usize> = (0..group.size()).collect();
-        let tracked = qkv.iter().any(|x| x.tensor().is_tracked());
-        let tracking = if tracked {
-            Tracking::Tracked
-        } else {
-            Tracking::Untracked
-        };
+        let tracking = Tracking::of(qkv.iter().map(Shard::tensor));
         let sides = [&qkv[0], &qkv[1]];
         let trade = Trade::new(attention, sides, (group, &everyone), tracking);
         let kernel = kernel(scope, &trade);

@@ -206,12 +206,7 @@ impl SequenceParallel for Usp {
         let mesh = self.mesh(attention.heads, world.size());
         let row = world.along(mesh.within_a_row())?;
         let across = world.along(mesh.across_rows())?;
-        let tracked = qkv.iter().any(|x| x.tensor().is_tracked());
-        let tracking = if tracked {
-            Tracking::Tracked
-        } else {
-            Tracking::Untracked
-        };
+        let tracking = Tracking::of(qkv.iter().map(Shard::tensor));
         let members = mesh.members(rank / mesh.row);
         let sides = [&qkv[0], &qkv[1]];
         let trade = Trade::new(attention, sides, (&row, &members), tracking);

@@ -13,7 +13,6 @@ use burn::tensor::Tensor;
 
 use super::linear;
 use super::shard::{Attended, Fold, positions};
-use crate::collective::tracking;
 use crate::error::{CommError, Error, Tracking};
 use crate::layout::{AxisSet, Layout, Shard};
 use crate::strategy::{AttentionScope, Form};
@@ -96,7 +95,6 @@ pub fn attend_in_chunks<R: Relay>(
         axes.iter().map(|axis| lengths[axis.index()]).product()
     };
     let inputs = qkv.map(Shard::into_tensor);
-    let tracked = inputs.iter().map(tracking).any(|x| x == Tracking::Tracked);
     let problem = linear::Problem {
         heads: scope.heads.clone(),
         decay: decay.clone(),
@@ -105,10 +103,7 @@ pub fn attend_in_chunks<R: Relay>(
     let relay = relay(Chunks {
         problem: problem.clone(),
         lengths: (0..ranks).map(length).collect(),
-        tracking: match tracked {
-            true => Tracking::Tracked,
-            false => Tracking::Untracked,
-        },
+        tracking: Tracking::of(&inputs),
     });
     let fold = Fold::new(inputs[0].dims(), axes);
     let key_fold = Fold::new(inputs[1].dims(), axes);
