@@ -235,6 +235,7 @@ impl Launch {
         let world = World::new(self.ranks);
         let function = Arc::new(function);
         let (sender, endings) = mpsc::channel();
+        let mut started = 0;
         for rank in 0..self.ranks {
             let group = Group::new(world.transport(rank), self.timeout);
             let (rank_world, function, sender) = (world.clone(), function.clone(), sender.clone());
@@ -255,9 +256,10 @@ impl Launch {
                 world.end(rank);
                 break;
             }
+            started += 1;
         }
         drop(sender);
-        collect(self.ranks, self.timeout, &world, &endings)
+        collect(started, self.timeout, &world, &endings)
     }
 
     /// This process's part of a launch on processes.
@@ -505,6 +507,7 @@ fn run_rank<T: Send, E: Into<BoxError>>(
     }
 }
 
+/// Waits for the ranks that were started: the first so many.
 fn collect<T>(
     ranks: usize,
     timeout: Duration,

@@ -56,6 +56,7 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
             ])
             .env("RUSTDOCFLAGS", "-D warnings"))
     })?;
+    steps.step("what needs CUDA compiles", gpu::check)?;
     steps.step("subsets of the strategies", subsets_of_the_strategies)?;
     if skip_tests {
         println!("\nthe tests are left out (--skip-tests)");
@@ -63,7 +64,6 @@ pub(crate) fn ci(skip_tests: bool) -> Result<()> {
         steps.step("tests", || crate::test(&[]))?;
     }
     steps.step("the main job", main_job)?;
-    steps.step("what needs CUDA compiles", gpu::check)?;
     steps.step("a GPU, in software", on_lavapipe)?;
     steps.summary();
     Ok(())
