@@ -83,7 +83,6 @@ impl Overlap {
         let flow = Flow::new(&self.legs, self.bucket, plan.entries);
         let mut hook = Hook {
             flow: Arc::new(Mutex::new(flow)),
-            placed,
             earlier: &mut earlier,
         };
         let module = placed.module.clone().map(&mut hook);
@@ -153,10 +152,7 @@ const OF_REPLICAS: usize = 2;
 struct Summed {
     id: ParamId,
     over: Over,
-    fit: Fit,
-    held: usize,
-    elements: usize,
-    like: (Device, DType),
+    slot: Slot,
 }
 
 /// Over whom a parameter's gradient is summed.
@@ -197,10 +193,14 @@ impl<M> ModuleVisitor for Planning<'_, M> {
         self.entries.push(Summed {
             id: param.id,
             over,
-            held: value.shape().num_elements(),
-            elements: fit.elements(&value.dims()),
-            fit,
-            like: (value.clone().inner().device(), value.dtype()),
+            slot: Slot {
+                held: value.shape().num_elements(),
+                elements: fit.elements(&value.dims()),
+                fit,
+                like: (value.clone().inner().device(), value.dtype()),
+                earlier: None,
+                own: None,
+            },
         });
     }
 }
@@ -261,15 +261,7 @@ impl Flow {
         // The last bucket of each kind, to which more may be added.
         let mut open: Vec<(Over, DType, usize)> = Vec::new();
         let mut before = vec![0; legs.len()];
-        for Summed {
-            id,
-            over,
-            fit,
-            held,
-            elements,
-            like,
-        } in entries.into_iter().rev()
-        {
+        for Summed { id, over, slot } in entries.into_iter().rev() {
             let on = match over {
                 Over::All => 0..legs.len(),
                 Over::Replicas => OF_REPLICAS.min(legs.len())..legs.len(),
@@ -277,7 +269,8 @@ impl Flow {
             if on.is_empty() {
                 continue;
             }
-            let kind = |&(o, dtype, _): &(Over, DType, usize)| o == over && dtype == like.1;
+            let dtype = slot.like.1;
+            let kind = |&(o, d, _): &(Over, DType, usize)| o == over && d == dtype;
             let index = match open.iter().position(kind) {
                 Some(position) => open[position].2,
                 None => {
@@ -288,20 +281,13 @@ impl Flow {
                         state: State::Filling,
                     });
                     on.for_each(|leg| before[leg] += 1);
-                    open.push((over, like.1, flow.buckets.len() - 1));
+                    open.push((over, dtype, flow.buckets.len() - 1));
                     flow.buckets.len() - 1
                 }
             };
             let bucket = &mut flow.buckets[index];
             flow.places.insert(id, (index, bucket.slots.len()));
-            bucket.slots.push(Slot {
-                fit,
-                held,
-                elements,
-                like,
-                earlier: None,
-                own: None,
-            });
+            bucket.slots.push(slot);
             if bucket.elements(0) >= limit.get() {
                 open.retain(|&(.., bucket)| bucket != index);
             }
@@ -442,22 +428,22 @@ impl Bucket {
 }
 
 /// Makes parameters report their gradients.
-struct Hook<'a, M> {
+struct Hook<'a> {
     flow: Arc<Mutex<Flow>>,
-    placed: &'a Placed<M>,
     earlier: &'a mut GradientsParams,
 }
 
-impl<M> ModuleMapper for Hook<'_, M> {
+impl ModuleMapper for Hook<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let id = param.id;
-        let fit = Fit::of(self.placed, id, Members::OfOneModel);
-        if let Some(slot) = lock(&self.flow).slot(id) {
-            let earlier = self.earlier.remove::<D>(id);
-            slot.earlier = earlier.map(|earlier| fit.flat(earlier));
-        } else {
-            return param;
-        }
+        let fit = match lock(&self.flow).slot(id) {
+            Some(slot) => {
+                let earlier = self.earlier.remove::<D>(id);
+                slot.earlier = earlier.map(|earlier| slot.fit.flat(earlier));
+                slot.fit.clone()
+            }
+            None => return param,
+        };
         // A pass that fails leaves nodes behind, which must not keep the ranks' groups alive.
         let flow = Arc::downgrade(&self.flow);
         param.map(|value| {

@@ -62,6 +62,14 @@ impl Writer {
             .unwrap();
     }
 
+    /// A variable over all three dimensions.
+    fn add(&mut self, name: &str, values: &[f32; 12]) -> VariableId {
+        let over = self.over();
+        let id = self.builder.add_variable::<f32>(name, &over).unwrap();
+        self.builder.write_variable(id, values).unwrap();
+        id
+    }
+
     fn over(&self) -> [DimensionId; 3] {
         [self.time, self.latitude, self.longitude]
     }
@@ -80,11 +88,7 @@ const TWELVE: [f32; 12] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.
 
 fn ramp() -> Writer {
     let mut writer = Writer::new(NAMES);
-    let id = writer
-        .builder
-        .add_variable::<f32>("u", &writer.over())
-        .unwrap();
-    writer.builder.write_variable(id, &TWELVE).unwrap();
+    let id = writer.add("u", &TWELVE);
     writer.describe(id, "units", characters("m/s"));
     writer
 }
@@ -199,11 +203,7 @@ fn packed_values_are_unpacked_and_missing_ones_left_out() {
 fn dimensions_are_known_by_units_by_standard_names_by_axes_and_by_their_own_names() {
     let names = ["a", "b", "c"];
     let mut writer = Writer::new(names);
-    let id = writer
-        .builder
-        .add_variable::<f32>("u", &writer.over())
-        .unwrap();
-    writer.builder.write_variable(id, &TWELVE).unwrap();
+    writer.add("u", &TWELVE);
     assert_eq!(writer.decode(&["u"]).unwrap().latitudes, [-45.0, 0.0, 45.0]);
 
     for (attribute, values) in [
@@ -225,11 +225,7 @@ fn dimensions_are_known_by_units_by_standard_names_by_axes_and_by_their_own_name
                 writer.describe(id, "units", characters("degrees"));
             }
         }
-        let id = writer
-            .builder
-            .add_variable::<f32>("u", &writer.over())
-            .unwrap();
-        writer.builder.write_variable(id, &TWELVE).unwrap();
+        writer.add("u", &TWELVE);
         let fields = writer.decode(&["u"]).unwrap();
         assert_eq!(fields.longitudes, [0.0, 180.0], "{attribute}");
         close(fields.seasons[1], 0.5 + 1.0 / 12.0, 0.01);
@@ -237,11 +233,7 @@ fn dimensions_are_known_by_units_by_standard_names_by_axes_and_by_their_own_name
 
     let units = ["h since 1999-12-31T06:00", "degree", "degree"];
     let mut writer = Writer::with_units(["T", "Latitude", "X"], units);
-    let id = writer
-        .builder
-        .add_variable::<f32>("u", &writer.over())
-        .unwrap();
-    writer.builder.write_variable(id, &TWELVE).unwrap();
+    writer.add("u", &TWELVE);
     assert_eq!(writer.decode(&["u"]).unwrap().latitudes.len(), 3);
 }
 
@@ -343,11 +335,7 @@ fn times_without_a_date_and_places_off_the_sphere_are_refused() {
         "days since 1990-13-01",
     ] {
         let mut writer = Writer::with_units(NAMES, [units, "degrees_north", "degrees_east"]);
-        let id = writer
-            .builder
-            .add_variable::<f32>("u", &writer.over())
-            .unwrap();
-        writer.builder.write_variable(id, &TWELVE).unwrap();
+        writer.add("u", &TWELVE);
         let error = writer.decode(&["u"]).unwrap_err();
         assert!(matches!(error, FieldsError::TimeUnits { .. }), "{error}");
         assert!(error.to_string().contains(units), "{error}");
@@ -364,11 +352,7 @@ fn times_without_a_date_and_places_off_the_sphere_are_refused() {
         builder.write_variable(id, values).unwrap();
         writer.describe(id, "units", characters(units));
     }
-    let id = writer
-        .builder
-        .add_variable::<f32>("u", &writer.over())
-        .unwrap();
-    writer.builder.write_variable(id, &TWELVE).unwrap();
+    writer.add("u", &TWELVE);
     let error = writer.decode(&["u"]).unwrap_err();
     assert!(matches!(error, FieldsError::Grid { .. }), "{error}");
     assert!(error.to_string().contains("row 2 is at 180°"), "{error}");
@@ -378,11 +362,7 @@ fn times_without_a_date_and_places_off_the_sphere_are_refused() {
 fn a_variable_without_a_difference_or_without_a_value_is_refused() {
     let mut writer = Writer::new(NAMES);
     for (name, value) in [("still", 3.0_f32), ("nothing", f32::NAN)] {
-        let id = writer
-            .builder
-            .add_variable::<f32>(name, &writer.over())
-            .unwrap();
-        writer.builder.write_variable(id, &[value; 12]).unwrap();
+        writer.add(name, &[value; 12]);
         let error = writer.decode(&[name]).unwrap_err();
         assert!(matches!(error, FieldsError::Constant { .. }), "{error}");
         assert!(error.to_string().contains(name), "{error}");
