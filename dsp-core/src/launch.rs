@@ -12,10 +12,11 @@ use burn::tensor::Device;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::error::{Call, CommError};
+use crate::error::CommError;
 use crate::group::Group;
+use crate::transport::job::Fails;
 #[cfg(any(feature = "mpi", feature = "nccl"))]
-use crate::transport::Transport;
+use crate::transport::job::{Place, Processes};
 use crate::transport::local::World;
 #[cfg(feature = "mpi")]
 use crate::transport::mpi;
@@ -279,15 +280,16 @@ impl Launch {
             source,
             abandoned: vec![],
         };
-        if self.ranks > processes.size() {
-            let (asked, started) = (self.ranks, processes.size());
+        let Place { rank, size, cores } = processes.place();
+        if self.ranks > size {
+            let (asked, started) = (self.ranks, size);
             return Err(failed(CommError::Processes { asked, started }, None));
         }
         let job = Arc::new(processes.open(self.ranks, self.timeout));
-        let threads = self.threads_per_rank.unwrap_or(processes.cores());
+        let threads = self.threads_per_rank.unwrap_or(cores);
         let ending = processes.transport(&job).map(|transport| {
             let group = Group::new(transport, self.timeout);
-            run_rank(processes.rank(), threads, &*job, || function(group))
+            run_rank(rank, threads, &*job, || function(group))
         });
         let ended = processes.finish(&job);
         match (ending, ended) {
@@ -297,130 +299,6 @@ impl Launch {
             (_, Err(root)) => Err(failed(root, None)),
             (Some(Err(_)), Ok(())) => unreachable!("a rank that fails fails its launch"),
         }
-    }
-}
-
-/// Where a rank's failure is made known.
-trait Fails: Sync {
-    /// Fails the launch, unless it has failed before; returns the root cause.
-    fn fail(&self, cause: CommError) -> CommError;
-
-    /// The last collective that `rank` called.
-    fn last_call(&self, rank: usize) -> Option<Call>;
-}
-
-impl Fails for World {
-    fn fail(&self, cause: CommError) -> CommError {
-        World::fail(self, cause)
-    }
-
-    fn last_call(&self, rank: usize) -> Option<Call> {
-        World::last_call(self, rank)
-    }
-}
-
-#[cfg(feature = "mpi")]
-impl Fails for mpi::Job {
-    fn fail(&self, cause: CommError) -> CommError {
-        Self::fail(self, cause)
-    }
-
-    fn last_call(&self, _rank: usize) -> Option<Call> {
-        Self::last_call(self)
-    }
-}
-
-#[cfg(feature = "nccl")]
-impl Fails for nccl::Job {
-    fn fail(&self, cause: CommError) -> CommError {
-        Self::fail(self, cause)
-    }
-
-    fn last_call(&self, _rank: usize) -> Option<Call> {
-        Self::last_call(self)
-    }
-}
-
-/// Processes, of which each holds one rank.
-#[cfg(any(feature = "mpi", feature = "nccl"))]
-trait Processes {
-    /// A launch on the first of them, as this one sees it.
-    type Job: Fails;
-
-    /// Which of them this is.
-    fn rank(&self) -> usize;
-
-    /// How many there are.
-    fn size(&self) -> usize;
-
-    /// How many cores this one has.
-    fn cores(&self) -> usize;
-
-    /// Begins a launch on the first `ranks`.
-    fn open(&self, ranks: usize, timeout: Duration) -> Self::Job;
-
-    /// This process's end of the group of all ranks; none if it has no part in the launch.
-    fn transport(&self, job: &Arc<Self::Job>) -> Option<Arc<dyn Transport>>;
-
-    /// Says that this process's rank has returned, and waits for the others; the root cause if one has failed.
-    fn finish(&self, job: &Self::Job) -> Result<(), CommError>;
-}
-
-#[cfg(feature = "mpi")]
-impl Processes for mpi::Mpi {
-    type Job = mpi::Job;
-
-    fn rank(&self) -> usize {
-        Self::rank(self)
-    }
-
-    fn size(&self) -> usize {
-        Self::size(self)
-    }
-
-    fn cores(&self) -> usize {
-        Self::cores(self)
-    }
-
-    fn open(&self, ranks: usize, timeout: Duration) -> mpi::Job {
-        Self::open(self, ranks, timeout)
-    }
-
-    fn transport(&self, job: &Arc<mpi::Job>) -> Option<Arc<dyn Transport>> {
-        job.transport()
-    }
-
-    fn finish(&self, job: &mpi::Job) -> Result<(), CommError> {
-        job.finish()
-    }
-}
-
-#[cfg(feature = "nccl")]
-impl Processes for nccl::Nccl {
-    type Job = nccl::Job;
-
-    fn rank(&self) -> usize {
-        Self::rank(self)
-    }
-
-    fn size(&self) -> usize {
-        Self::size(self)
-    }
-
-    fn cores(&self) -> usize {
-        Self::cores(self)
-    }
-
-    fn open(&self, ranks: usize, timeout: Duration) -> nccl::Job {
-        Self::open(self, ranks, timeout)
-    }
-
-    fn transport(&self, job: &Arc<nccl::Job>) -> Option<Arc<dyn Transport>> {
-        Self::transport(self, job)
-    }
-
-    fn finish(&self, job: &nccl::Job) -> Result<(), CommError> {
-        job.finish(Vec::new()).map(drop)
     }
 }
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Tensor};
 
 use super::copy::{Crossing, Source, assemble};
+use super::job::Fails;
 use super::position::{GroupId, Position};
 use super::waits::{self, Wait};
 use super::{Arrival, Exchange, Pending, Transport};
@@ -97,13 +98,6 @@ impl World {
         })
     }
 
-    /// Fails the world, unless it has failed before; returns the root cause.
-    pub(crate) fn fail(&self, cause: CommError) -> CommError {
-        let fate = self.lock().fate.get_or_insert(cause).clone();
-        self.changed.notify_all();
-        fate
-    }
-
     /// The root cause, if the world has failed.
     pub(crate) fn fate(&self) -> Option<CommError> {
         self.lock().fate.clone()
@@ -134,11 +128,6 @@ impl World {
         }
     }
 
-    /// The last collective that a rank called.
-    pub(crate) fn last_call(&self, rank: usize) -> Option<Call> {
-        self.lock().ranks[rank].last.clone()
-    }
-
     /// Notes that a rank has returned.
     pub(crate) fn end(&self, rank: usize) {
         self.lock().ranks[rank].ended = true;
@@ -148,6 +137,18 @@ impl World {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code of ours panics while it holds the lock; a poisoned state would still be consistent.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Fails for World {
+    fn fail(&self, cause: CommError) -> CommError {
+        let fate = self.lock().fate.get_or_insert(cause).clone();
+        self.changed.notify_all();
+        fate
+    }
+
+    fn last_call(&self, rank: usize) -> Option<Call> {
+        self.lock().ranks[rank].last.clone()
     }
 }
 

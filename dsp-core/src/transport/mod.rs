@@ -6,6 +6,7 @@
 //! those features). A blocking collective is `start` and `wait`; overlapping one is doing something in between.
 
 mod copy;
+pub(crate) mod job;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;

@@ -33,6 +33,7 @@ use ferrompi::ThreadLevel;
 use self::lent::Outgoing;
 use self::parcel::{Parcels, Unpacking};
 use self::progress::{Command, Entry, Key, Progress};
+use super::job::{Fails, Place, Processes};
 use super::position::{GroupId, Position};
 use super::{Arrival, Exchange, Pending, Transport, digest};
 use crate::error::{Call, CommError};
@@ -62,23 +63,14 @@ pub struct Mpi {
 #[derive(Debug)]
 struct Process {
     place: Place,
+    /// The cores that all processes have together.
+    all_cores: usize,
     commands: Sender<Command>,
     pulse: Arc<AtomicU64>,
     launches: AtomicU64,
     /// Bytes of tensors that were handed to MPI.
     sent: AtomicU64,
     thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// Where a process stands.
-#[derive(Debug, Clone, Copy)]
-struct Place {
-    rank: usize,
-    size: usize,
-    /// Its share of its machine's cores.
-    cores: usize,
-    /// The cores that all processes have together.
-    all_cores: usize,
 }
 
 impl Mpi {
@@ -95,14 +87,15 @@ impl Mpi {
             .name("MPI".to_owned())
             .spawn(move || communicate(&started, received, own_pulse))
             .map_err(MpiError::Thread)?;
-        let place = match starts.recv() {
-            Ok(Ok(place)) => place,
+        let (place, all_cores) = match starts.recv() {
+            Ok(Ok(found)) => found,
             Ok(Err(error)) => return Err(MpiError::Init(error.to_string())),
             Err(_) => return Err(MpiError::Init("its thread ended".to_owned())),
         };
         Ok(Self {
             process: Arc::new(Process {
                 place,
+                all_cores,
                 commands,
                 pulse,
                 launches: AtomicU64::new(0),
@@ -130,37 +123,18 @@ impl Mpi {
 
     /// The cores that all processes have together, those that some share counted once.
     pub fn all_cores(&self) -> usize {
-        self.process.place.all_cores
+        self.process.all_cores
     }
 
     /// The bytes of tensors that this process has handed to MPI so far, for others: control messages not counted.
     pub fn sent_bytes(&self) -> u64 {
         self.process.sent.load(Ordering::Relaxed)
     }
-
-    /// Begins a launch on the first `ranks` processes. All processes begin the same ones in the same order.
-    pub(crate) fn open(&self, ranks: usize, timeout: Duration) -> Job {
-        let launch = self.process.launches.fetch_add(1, Ordering::Relaxed);
-        let fate = Arc::new(OnceLock::new());
-        self.process.command(Command::Open {
-            launch,
-            ranks,
-            timeout,
-            fate: fate.clone(),
-        });
-        Job {
-            process: self.process.clone(),
-            launch,
-            ranks,
-            fate,
-            last: Mutex::new(None),
-        }
-    }
 }
 
 /// The communication thread, from beginning to end.
 fn communicate(
-    started: &Sender<ferrompi::Result<Place>>,
+    started: &Sender<ferrompi::Result<(Place, usize)>>,
     commands: Receiver<Command>,
     pulse: Arc<AtomicU64>,
 ) {
@@ -173,18 +147,18 @@ fn communicate(
             rank: world.rank() as usize,
             size: world.size() as usize,
             cores: (share as usize).max(1),
-            all_cores: (shares.iter().sum::<f64>().round() as usize).max(1),
         };
-        Ok((mpi, world, lent::datatype_of_room()?, place))
+        let all_cores = (shares.iter().sum::<f64>().round() as usize).max(1);
+        Ok((mpi, world, lent::datatype_of_room()?, (place, all_cores)))
     });
-    let (mpi, world, room, place) = match ready {
+    let (mpi, world, room, found) = match ready {
         Ok(ready) => ready,
         Err(error) => {
             let _ = started.send(Err(error));
             return;
         }
     };
-    let _ = started.send(Ok(place));
+    let _ = started.send(Ok(found));
     // No request is left when the thread's work ends, so nothing can go wrong here.
     let _ = ferrompi::scope(|scope| {
         Progress::new(&world, scope, &room, commands, pulse).run();
@@ -262,18 +236,8 @@ pub(crate) struct Job {
     last: Mutex<Option<Call>>,
 }
 
-impl Job {
-    /// This process's end of the group of all ranks; none if it has no part in the launch.
-    pub(crate) fn transport(self: &Arc<Self>) -> Option<Arc<dyn Transport>> {
-        let rank = self.process.place.rank;
-        (rank < self.ranks).then(|| {
-            let position = Position::new(GroupId::world(self.ranks), rank);
-            Arc::new(MpiTransport::new(self.clone(), position)) as Arc<dyn Transport>
-        })
-    }
-
-    /// Fails the launch, unless it has failed before; returns the root cause.
-    pub(crate) fn fail(&self, cause: CommError) -> CommError {
+impl Fails for Job {
+    fn fail(&self, cause: CommError) -> CommError {
         if let Some(fate) = self.fate.get() {
             return fate.clone();
         }
@@ -286,23 +250,52 @@ impl Job {
         self.process.answer(&answers)
     }
 
-    /// The last collective that this process's rank called.
-    pub(crate) fn last_call(&self) -> Option<Call> {
+    fn last_call(&self, _: usize) -> Option<Call> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.clone()
     }
+}
 
-    /// Says that this process's rank has returned, and waits for the others.
-    ///
-    /// # Errors
-    /// The root cause, the same on every process, if the launch has failed.
-    pub(crate) fn finish(&self) -> Result<(), CommError> {
+impl Processes for Mpi {
+    type Job = Job;
+
+    fn place(&self) -> Place {
+        self.process.place
+    }
+
+    fn open(&self, ranks: usize, timeout: Duration) -> Job {
+        let launch = self.process.launches.fetch_add(1, Ordering::Relaxed);
+        let fate = Arc::new(OnceLock::new());
+        self.process.command(Command::Open {
+            launch,
+            ranks,
+            timeout,
+            fate: fate.clone(),
+        });
+        Job {
+            process: self.process.clone(),
+            launch,
+            ranks,
+            fate,
+            last: Mutex::new(None),
+        }
+    }
+
+    fn transport(&self, job: &Arc<Job>) -> Option<Arc<dyn Transport>> {
+        let rank = self.rank();
+        (rank < job.ranks).then(|| {
+            let position = Position::new(GroupId::world(job.ranks), rank);
+            Arc::new(MpiTransport::new(job.clone(), position)) as Arc<dyn Transport>
+        })
+    }
+
+    fn finish(&self, job: &Job) -> Result<(), CommError> {
         let (answer, answers) = mpsc::channel();
-        self.process.command(Command::Finish {
-            launch: self.launch,
+        job.process.command(Command::Finish {
+            launch: job.launch,
             answer,
         });
-        self.process.answer(&answers)
+        job.process.answer(&answers)
     }
 }
 

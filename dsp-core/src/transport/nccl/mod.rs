@@ -64,6 +64,9 @@ pub(crate) use self::process::Job;
 use self::process::Process;
 use crate::error::CommError;
 use crate::launch::LONGEST_TIMEOUT;
+use crate::transport::job::Fails;
+#[cfg(feature = "nccl")]
+use crate::transport::job::{Place, Processes};
 
 /// Why NCCL cannot be used, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -278,11 +281,6 @@ impl Nccl {
         burn::tensor::Device::cuda(self.device)
     }
 
-    /// Begins a launch on the first `ranks` processes. All processes begin the same ones in the same order.
-    pub(crate) fn open(&self, ranks: usize, timeout: Duration) -> Job {
-        self.process.open(ranks, timeout)
-    }
-
     /// Every process's value, in rank order, on every process. All processes call this as they begin a launch.
     ///
     /// # Cost
@@ -296,7 +294,7 @@ impl Nccl {
         value: &T,
         timeout: Duration,
     ) -> Result<Vec<T>, CommError> {
-        let job = self.open(self.size(), timeout);
+        let job = self.process.open(self.size(), timeout);
         let broken = |error: &dyn std::fmt::Display| CommError::Engine {
             rank: self.rank(),
             message: format!("a value for all ranks could not be written or read: {error}"),
@@ -310,11 +308,30 @@ impl Nccl {
             .map(|bytes| ciborium::from_reader(&bytes[..]).map_err(|error| broken(&error)))
             .collect()
     }
+}
 
-    /// This process's end of the group of all ranks; none if it has no part in the launch.
-    #[cfg(feature = "nccl")]
-    pub(crate) fn transport(&self, job: &Arc<Job>) -> Option<Arc<dyn super::Transport>> {
+#[cfg(feature = "nccl")]
+impl Processes for Nccl {
+    type Job = Job;
+
+    fn place(&self) -> Place {
+        Place {
+            rank: self.rank(),
+            size: self.size(),
+            cores: self.cores(),
+        }
+    }
+
+    fn open(&self, ranks: usize, timeout: Duration) -> Job {
+        self.process.open(ranks, timeout)
+    }
+
+    fn transport(&self, job: &Arc<Job>) -> Option<Arc<dyn super::Transport>> {
         tensors::transport(job, self.device)
+    }
+
+    fn finish(&self, job: &Job) -> Result<(), CommError> {
+        job.finish(Vec::new()).map(drop)
     }
 }
 

@@ -25,6 +25,7 @@ use super::mover::{Limits, Mover};
 use super::wire::{Announcement, Key, Said, Told};
 use crate::error::{Call, CommError};
 use crate::transport::Times;
+use crate::transport::job::Fails;
 
 /// How much longer than its own deadline a rank waits for the cause, which the hub may have to find.
 const GRACE: Duration = Duration::from_secs(10);
@@ -284,12 +285,6 @@ impl Job {
         self.ranks
     }
 
-    /// The last collective that this process's rank called.
-    pub(crate) fn last_call(&self) -> Option<Call> {
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        last.clone()
-    }
-
     /// Notes what the rank calls.
     ///
     /// # Errors
@@ -357,28 +352,6 @@ impl Job {
         })
     }
 
-    /// Fails the launch, unless it has failed before; returns the root cause.
-    pub(crate) fn fail(&self, cause: CommError) -> CommError {
-        let shared = &self.process.shared;
-        shared.say(Said::Failed {
-            launch: self.launch,
-            cause: cause.clone(),
-        });
-        let view = shared.view();
-        let undecided = |view: &mut View| {
-            (view.launches.get(&self.launch))
-                .is_some_and(|launch| launch.fate.is_none() && launch.values.is_none())
-        };
-        let (mut view, _) = shared
-            .changed
-            .wait_timeout_while(view, GRACE, undecided)
-            .unwrap_or_else(PoisonError::into_inner);
-        match view.launches.get_mut(&self.launch) {
-            Some(launch) => launch.fail(cause),
-            None => cause,
-        }
-    }
-
     /// Says that this process's rank has returned, and waits for the others: what all of them returned.
     ///
     /// # Errors
@@ -406,6 +379,34 @@ impl Job {
             Some(Launch { values, .. }) => Ok(values.unwrap_or_default()),
             None => Ok(Vec::new()),
         }
+    }
+}
+
+impl Fails for Job {
+    fn fail(&self, cause: CommError) -> CommError {
+        let shared = &self.process.shared;
+        shared.say(Said::Failed {
+            launch: self.launch,
+            cause: cause.clone(),
+        });
+        let view = shared.view();
+        let undecided = |view: &mut View| {
+            (view.launches.get(&self.launch))
+                .is_some_and(|launch| launch.fate.is_none() && launch.values.is_none())
+        };
+        let (mut view, _) = shared
+            .changed
+            .wait_timeout_while(view, GRACE, undecided)
+            .unwrap_or_else(PoisonError::into_inner);
+        match view.launches.get_mut(&self.launch) {
+            Some(launch) => launch.fail(cause),
+            None => cause,
+        }
+    }
+
+    fn last_call(&self, _: usize) -> Option<Call> {
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        last.clone()
     }
 }
 

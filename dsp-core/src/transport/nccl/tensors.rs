@@ -23,6 +23,7 @@ use crate::blocks::{DIMS, Region, Transfer};
 use crate::error::CommError;
 use crate::launch::BoxError;
 use crate::transport::copy::{Crossing, Source, assemble};
+use crate::transport::job::Fails;
 use crate::transport::position::{GroupId, Position};
 use crate::transport::{Arrival, Exchange, Pending, Transport, digest};
 
