@@ -47,11 +47,14 @@ pub(crate) struct Ahead {
     runs: Vec<Run>,
     /// Multiply-adds for each line.
     pace: usize,
+    /// The most lines at once.
+    burst: usize,
     /// Rows of each run, and which of them is the next.
     rows: usize,
     row: usize,
-    /// The run whose row is the next.
+    /// The run whose row is the next, and which of its lines.
     run: usize,
+    line: usize,
     /// Multiply-adds for which nothing has been asked for yet.
     earned: usize,
 }
@@ -59,22 +62,25 @@ pub(crate) struct Ahead {
 impl Ahead {
     /// Rows of runs, in place of what was wanted before; none, if they are more than a cache holds until they are.
     pub(crate) fn want(&mut self, runs: impl IntoIterator<Item = Run>, rows: usize) {
-        self.want_within(runs, rows, usize::MAX);
+        self.want_within(runs, rows, usize::MAX, usize::MAX);
     }
 
-    /// The same while so many multiply-adds last: sooner where they would else not be enough for all of them.
+    /// The same while so many multiply-adds last: sooner where they would else not be enough for all of them. So
+    /// many lines at once, at most: where work is counted often.
     pub(crate) fn want_within(
         &mut self,
         runs: impl IntoIterator<Item = Run>,
         rows: usize,
         multiply_adds: usize,
+        burst: usize,
     ) {
         self.runs.clear();
         self.runs.extend(runs);
         let lines = rows * self.runs.iter().map(Run::lines).sum::<usize>();
         self.rows = if lines > MOST { 0 } else { rows };
         self.pace = PACE.min(multiply_adds / lines.max(1));
-        (self.row, self.run, self.earned) = (0, 0, 0);
+        self.burst = burst;
+        (self.row, self.run, self.line, self.earned) = (0, 0, 0, 0);
     }
 
     /// Asks for as much as may be, after so many multiply-adds.
@@ -88,17 +94,20 @@ impl Ahead {
     #[inline]
     fn ask(&mut self, multiply_adds: usize) {
         self.earned += multiply_adds;
-        while self.row < self.rows
+        let mut left = self.burst.min(self.earned / self.pace.max(1));
+        self.earned -= left * self.pace;
+        while left > 0
+            && self.row < self.rows
             && let Some(run) = self.runs.get(self.run)
         {
-            let lines = run.lines();
-            if self.earned < lines * self.pace {
-                return;
-            }
-            self.earned -= lines * self.pace;
             let row = run.start.wrapping_add(self.row * run.stride);
-            (0..lines).for_each(|line| fetch(row.wrapping_add(line * LINE)));
-            self.run += 1;
+            let end = run.lines().min(self.line + left);
+            (self.line..end).for_each(|line| fetch(row.wrapping_add(line * LINE)));
+            left -= end - self.line;
+            self.line = end;
+            if end == run.lines() {
+                (self.line, self.run) = (0, self.run + 1);
+            }
             if self.run == self.runs.len() {
                 (self.run, self.row) = (0, self.row + 1);
             }
@@ -156,17 +165,27 @@ mod tests {
         ahead.worked(PACE);
         assert_eq!((ahead.row, ahead.run), (0, 0));
         // Nine lines within 900 multiply-adds.
-        ahead.want_within([run(17), run(16)], 3, 900);
+        ahead.want_within([run(17), run(16)], 3, 900, usize::MAX);
         let seen = [100, 100, 100, 500, 100].map(|work| {
             ahead.worked(work);
-            (ahead.row, ahead.run)
+            (ahead.row, ahead.run, ahead.line)
         });
-        assert_eq!(seen, [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0)]);
+        assert_eq!(
+            seen,
+            [(0, 0, 1), (0, 1, 0), (1, 0, 0), (2, 1, 0), (3, 0, 0)]
+        );
+        // No more than four at once, and what is over with the next ones.
+        ahead.want_within([run(17), run(16)], 3, 900, 4);
+        let seen = [600, 100, 100, 100].map(|work| {
+            ahead.worked(work);
+            (ahead.row, ahead.run, ahead.line)
+        });
+        assert_eq!(seen, [(1, 0, 1), (2, 0, 1), (2, 1, 0), (3, 0, 0)]);
         // More than a cache holds.
-        ahead.want_within([run(16)], MOST + 1, 100 * PACE * MOST);
+        ahead.want_within([run(16)], MOST + 1, 100 * PACE * MOST, usize::MAX);
         ahead.worked(10 * PACE);
         assert_eq!((ahead.row, ahead.run), (0, 0));
-        ahead.want_within([run(16)], MOST, 100 * PACE * MOST);
+        ahead.want_within([run(16)], MOST, 100 * PACE * MOST, usize::MAX);
         ahead.worked(10 * PACE);
         assert_eq!((ahead.row, ahead.run), (10, 0));
     }

@@ -78,6 +78,9 @@ struct Scratch {
 impl Backward<'_> {
     /// Every chunk of queries of every head by itself.
     pub(super) fn run(&self, heads: &[Head], chunks: &[Range<usize>]) {
+        if self.tiling.few.takes(self.keys, self.problem) {
+            return self.run_few(heads, chunks);
+        }
         let parts: Vec<_> = (heads.iter())
             .flat_map(|head| chunks.iter().zip(&self.sums).map(move |part| (head, part)))
             .collect();
@@ -89,7 +92,7 @@ impl Backward<'_> {
                 let work = queries.len() * self.keys * head.query.len() * 5 * widths / 2;
                 let next = parts.get(index + 1);
                 let runs = next.into_iter().flat_map(|&next| self.runs(next));
-                (scratch.ahead).want_within(runs, queries.len().min(self.keys), work);
+                (scratch.ahead).want_within(runs, queries.len().min(self.keys), work, usize::MAX);
                 self.level.run(Part {
                     backward: self,
                     head,
@@ -342,12 +345,7 @@ impl Scratch {
         self.known.clear();
         let results = head.rows(out, queries).zip(head.rows(dout, queries));
         for (lse, (out, dout)) in head.rows(lse, queries).zip(results) {
-            // The weights of a row that saw nothing are 2^−∞.
-            let lse = match lse[0] == f32::NEG_INFINITY {
-                true => f32::INFINITY,
-                false => lse[0] * LOG2_E as f32,
-            };
-            self.known.push([lse, dot(out, dout)]);
+            self.known.push([known_lse(lse[0]), dot(out, dout)]);
         }
     }
 }
@@ -370,8 +368,17 @@ fn differentiate<S: Simd>(
     }
 }
 
+/// A logsumexp to base 2. The weights of a row that saw nothing are 2^−∞.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn known_lse(lse: f32) -> f32 {
+    match lse == f32::NEG_INFINITY {
+        true => f32::INFINITY,
+        false => lse * LOG2_E as f32,
+    }
+}
+
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     // Eight sums side by side, which any processor adds at once.
     let mut sums = [0.0; 8];
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
@@ -385,6 +392,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn scale(rows: &mut [f32], factor: f32) {
+pub(super) fn scale(rows: &mut [f32], factor: f32) {
     rows.iter_mut().for_each(|x| *x *= factor);
 }

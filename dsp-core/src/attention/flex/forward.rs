@@ -58,6 +58,9 @@ struct Scratch {
 impl Forward<'_> {
     /// Every head by itself, and where they are few, within a head every block of queries.
     pub(super) fn run(&self, heads: &[Head]) {
+        if self.tiling.few.takes(self.lengths[1], self.problem) {
+            return self.run_few(heads);
+        }
         let many = heads.len() >= MANY * rayon::current_num_threads();
         (0..heads.len()).into_par_iter().for_each_init(
             Default::default,
@@ -81,7 +84,7 @@ impl Forward<'_> {
         let [queries, keys] = self.lengths;
         let work = queries * keys * head.query.len() * (self.q.width() + self.v.width());
         let runs = next.into_iter().flat_map(|next| self.runs(next));
-        (scratch.ahead).want_within(runs, queries.min(keys), work);
+        (scratch.ahead).want_within(runs, queries.min(keys), work, usize::MAX);
         for index in 0..queries.div_ceil(self.block(head)) {
             self.run_block(head, packed, scratch, index);
         }

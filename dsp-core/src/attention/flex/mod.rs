@@ -23,6 +23,7 @@
 //! Sources: FlashAttention-2 (arXiv:2307.08691), online normaliser of the softmax (arXiv:1805.02867).
 
 mod backward;
+mod few;
 mod forward;
 pub(super) mod linear;
 mod pack;
@@ -37,6 +38,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::softmax::{HeadRange, Problem, Sizes};
 use crate::simd::Level;
+pub(super) use few::Few;
 use rows::{NewRows, Row, Rows, readable};
 
 /// The sizes of a tile. Results depend on that of keys by rounding only, the gradients of keys and values also on that of
@@ -49,6 +51,8 @@ pub(super) struct Tiling {
     pub(super) strip: usize,
     /// Keys of a tile, up to whole panels.
     pub(super) keys: usize,
+    /// When there are few keys.
+    pub(super) few: Few,
 }
 
 impl Tiling {
@@ -56,11 +60,13 @@ impl Tiling {
         rows: 192,
         strip: 24,
         keys: 512,
+        few: Few::DEFAULT,
     };
     pub(super) const BACKWARD: Self = Self {
         rows: 192,
         strip: 192,
         keys: 128,
+        few: Few::DEFAULT,
     };
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::backend::flex::FlexTensor;
 
-use crate::simd::Run;
+use crate::simd::{Left, Run};
 
 /// Which row of `[B, L, H, w]`: sample, position, head.
 pub(super) type Row = [usize; 3];
@@ -56,6 +56,30 @@ impl<'a> Rows<'a> {
         head: usize,
     ) -> impl Iterator<Item = &'a [f32]> + Clone + use<'a> {
         (positions.clone()).map(move |position| self.row([sample, position, head]))
+    }
+
+    /// The rows of a head from this one on, as the left side of a product.
+    #[inline(always)]
+    pub(super) fn left(self, row: Row) -> Left<'a> {
+        let start: usize = row.iter().zip(self.strides).map(|(i, s)| i * s).sum();
+        Left::rows(&self.data[start..], self.strides[1])
+    }
+
+    /// The rows of heads that lie side by side from this one on, to be asked for ahead: if they lie end to end, as one.
+    pub(super) fn runs(
+        &self,
+        [sample, position, head]: Row,
+        heads: usize,
+    ) -> impl Iterator<Item = Run> {
+        let (runs, width) = match self.strides[2] == self.width {
+            true => (1, heads * self.width),
+            false => (heads, self.width),
+        };
+        let rows = *self;
+        (head..head + runs).map(move |head| Run {
+            width,
+            ..rows.run([sample, position, head])
+        })
     }
 
     /// The rows of a head from this one on, to be asked for ahead.
@@ -173,6 +197,18 @@ impl NewRows {
         // are: so each was.
         unsafe { data.set_len(place.rows() * place.width) };
         data
+    }
+
+    /// The rows of heads that lie side by side from this one on, to be asked for ahead.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub(super) fn runs(&self, row: Row, heads: usize) -> Run {
+        let width = heads * self.place.width;
+        Run {
+            width,
+            ..self.run(row)
+        }
     }
 
     /// The rows of a head from this one on, to be asked for ahead.

@@ -11,7 +11,7 @@ use burn::tensor::{DType, Device, TensorData, s};
 use proptest::prelude::*;
 
 use super::*;
-use crate::attention::flex::Tiling;
+use crate::attention::flex::{Few, Tiling};
 use crate::attention::{Documents, Dropout, DropoutKey, Mask, Within};
 use crate::simd::Level;
 
@@ -134,16 +134,21 @@ impl Results {
 fn ways(case: &Case, blocks: Blocks) -> Vec<Way> {
     let mut ways = vec![Way::Best, Way::Portable(blocks)];
     if case.dtype == DType::F32 {
-        let tiling = Tiling {
-            rows: blocks.query,
-            strip: blocks.query.div_ceil(2),
-            keys: blocks.key,
-        };
-        ways.extend(
-            Level::all()
-                .into_iter()
-                .map(|level| Way::Flex(level, tiling)),
-        );
+        let rows = blocks.query;
+        // In tiles of keys, and all keys at once.
+        for few in [0, usize::MAX].map(|keys| Few { keys, rows }) {
+            let tiling = Tiling {
+                rows,
+                strip: rows.div_ceil(2),
+                keys: blocks.key,
+                few,
+            };
+            ways.extend(
+                Level::all()
+                    .into_iter()
+                    .map(|level| Way::Flex(level, tiling)),
+            );
+        }
     }
     ways
 }
@@ -653,27 +658,31 @@ fn kernels_give_the_same_bits_on_any_number_of_threads_and_in_tiles_of_any_rows(
     let mut case = plain(1, 2, 700, 300, Mask::Causal);
     case.dtype = DType::F32;
     case.problem.heads.group = 2;
-    let tiling = |rows| Tiling {
-        rows,
-        strip: rows.div_ceil(3),
-        keys: 64,
-    };
-    let run = |threads, rows| {
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        (threads.build().unwrap()).install(|| ours(&case, Way::Flex(level, tiling(rows)), &device))
-    };
-    let expected = run(1, 40);
-    for (threads, rows) in [(3, 40), (2, 40)] {
-        let found = run(threads, rows);
+    for few in [0, usize::MAX] {
+        let tiling = |rows| Tiling {
+            rows,
+            strip: rows.div_ceil(3),
+            keys: 64,
+            few: Few { keys: few, rows },
+        };
+        let run = |threads, rows| {
+            let threads = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let way = Way::Flex(level, tiling(rows));
+            (threads.build().unwrap()).install(|| ours(&case, way, &device))
+        };
+        let expected = run(1, 40);
+        for (threads, rows) in [(3, 40), (2, 40)] {
+            let found = run(threads, rows);
+            assert_eq!(values(&found.out), values(&expected.out));
+            assert_eq!(values(&found.lse), values(&expected.lse));
+            for (found, expected) in found.gradients.iter().zip(&expected.gradients) {
+                assert_eq!(values(found), values(expected));
+            }
+        }
+        let found = run(2, 14);
         assert_eq!(values(&found.out), values(&expected.out));
         assert_eq!(values(&found.lse), values(&expected.lse));
-        for (found, expected) in found.gradients.iter().zip(&expected.gradients) {
-            assert_eq!(values(found), values(expected));
-        }
     }
-    let found = run(2, 14);
-    assert_eq!(values(&found.out), values(&expected.out));
-    assert_eq!(values(&found.lse), values(&expected.lse));
 }
 
 #[test]
