@@ -15,6 +15,7 @@
 //! - The query heads that share a kv head are rows side by side, so that keys and values are never repeated.
 //! - Inputs are read through their strides; outputs are written once, in place.
 //! - Scores are taken to base 2: `log2 e` goes into the scale.
+//! - Over few keys, what takes the time is not the products: a way of its own, [`few`].
 //! - The threads are those of the current rayon pool, the rank's own. A row's bits depend on neither their number
 //!   nor the rows beside it.
 //!

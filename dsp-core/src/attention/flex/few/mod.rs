@@ -10,9 +10,10 @@
 //!          └─────────────────┘
 //! ```
 //!
-//! Keys are read where they are, so that of the three only the queries are transposed; and values are packed. What the next
-//! part reads and writes is asked for a few lines at a time, after each row that is packed or written and each tile of a
-//! product: as much as this part works. A row's bits depend on neither the threads nor the rows beside it.
+//! Keys are read where they are: only the queries are transposed, and the values packed. A part is the heads of a sample
+//! together, which lie side by side in memory; what the next one reads and writes is asked for a few lines at a time, after
+//! each row that is packed or written and each tile of a product, evenly while this one works. A row's bits depend on neither
+//! the threads nor the rows beside it.
 
 mod backward;
 mod forward;
