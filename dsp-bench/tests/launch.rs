@@ -106,12 +106,12 @@ fn has_checkpoint(folder: &Path) -> bool {
     store.is_ok_and(|store| store.latest().is_ok_and(|latest| latest.is_some()))
 }
 
-/// Runs a training on `transport` whose rank `victim` is killed once there is a checkpoint; what was said.
-fn disturbed(transport: &[&str], victim: usize, folder: &Path) -> String {
+/// Runs a training into `folder` on `transport`, whose rank `victim` is killed once there is a checkpoint; what was said.
+fn disturbed(transport: &[&str], victim: usize, folder: &Path, training: &[String]) -> String {
     let mut command = launch(transport);
     command
         .args(["--grace", "20", "--restarts", "1", "--"])
-        .args(training(folder, STEPS));
+        .args(training);
     let start = Instant::now();
     let mut job = command
         .stdout(Stdio::null())
@@ -164,12 +164,19 @@ fn a_training_whose_process_is_killed_goes_on_with_the_curve_it_would_have_had()
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     let expected = undisturbed(2, &whole);
     assert_eq!(expected.len() as u64, STEPS);
-    let said = disturbed(&["-n", "2"], 0, &killed);
-    assert!(
-        said.contains("rank 0 failed first, with exit code 137"),
-        "{said}"
-    );
-    assert_eq!(losses(&killed), expected);
+    // Begun by options, and by a file.
+    let file = whole.join("config.toml");
+    let by_file = ["train", "--config", file.to_str().unwrap(), "--out"].map(str::to_owned);
+    let again = folder.path().join("again");
+    let by_file = [&by_file[..], &[again.to_str().unwrap().to_owned()]].concat();
+    for (out, training) in [(&killed, training(&killed, STEPS)), (&again, by_file)] {
+        let said = disturbed(&["-n", "2"], 0, out, &training);
+        assert!(
+            said.contains("rank 0 failed first, with exit code 137"),
+            "{said}"
+        );
+        assert_eq!(losses(out), expected);
+    }
 }
 
 #[cfg(feature = "mpi")]
@@ -190,7 +197,7 @@ mod on_mpi {
         let folder = tempfile::tempdir().unwrap();
         let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
         let expected = undisturbed(3, &whole);
-        let said = disturbed(&MPI, 1, &killed);
+        let said = disturbed(&MPI, 1, &killed, &training(&killed, STEPS));
         assert!(
             said.contains("rank 1 failed first, with exit code 137"),
             "{said}"
@@ -274,7 +281,8 @@ mod on_mpi {
         let folder = tempfile::tempdir().unwrap();
         let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
         let expected = undisturbed(3, &whole);
-        let said = disturbed(&[&MPI[..], &["--fewer", "1"]].concat(), 2, &killed);
+        let fewer = [&MPI[..], &["--fewer", "1"]].concat();
+        let said = disturbed(&fewer, 2, &killed, &training(&killed, STEPS));
         assert!(said.contains("restart 1 of 1 on 2 ranks"), "{said}");
         let found = losses(&killed);
         assert_eq!(found.len(), expected.len());
