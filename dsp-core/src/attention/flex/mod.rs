@@ -243,6 +243,21 @@ fn heads_of(batch: usize, heads: &HeadRange) -> Vec<Head> {
     heads
 }
 
+/// How many heads, side by side, are one part of the work: all of a sample's, unless less keeps the threads busier.
+fn heads_of_a_part(samples: usize, heads: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let longest = |parts: &usize| (samples * parts).div_ceil(threads) * heads.div_ceil(*parts);
+    heads.div_ceil((1..=heads).min_by_key(longest).unwrap_or(1))
+}
+
+/// The heads, as many of a sample together as are one part of the work.
+fn shared_out(heads: &[Head], kv_heads: usize) -> Vec<&[Head]> {
+    let size = heads_of_a_part(heads.len() / kv_heads, kv_heads);
+    (heads.chunks(kv_heads))
+        .flat_map(|of_sample| of_sample.chunks(size))
+        .collect()
+}
+
 /// The global numbers in `ranges`, from the one at `index` on.
 fn numbers(ranges: &[Range<usize>], index: usize) -> impl Iterator<Item = usize> {
     ranges.iter().cloned().flatten().skip(index)

@@ -43,8 +43,14 @@ impl<'a> Rows<'a> {
 
     #[inline(always)]
     pub(super) fn row(&self, row: Row) -> &'a [f32] {
+        &self.data_from(row)[..self.width]
+    }
+
+    /// What lies from a row on.
+    #[inline(always)]
+    fn data_from(&self, row: Row) -> &'a [f32] {
         let start: usize = row.iter().zip(self.strides).map(|(i, s)| i * s).sum();
-        &self.data[start..start + self.width]
+        &self.data[start..]
     }
 
     /// The rows of a head at some positions.
@@ -61,8 +67,7 @@ impl<'a> Rows<'a> {
     /// The rows of a head from this one on, as the left side of a product.
     #[inline(always)]
     pub(super) fn left(self, row: Row) -> Left<'a> {
-        let start: usize = row.iter().zip(self.strides).map(|(i, s)| i * s).sum();
-        Left::rows(&self.data[start..], self.strides[1])
+        Left::rows(self.data_from(row), self.strides[1])
     }
 
     /// The rows of heads that lie side by side from this one on, to be asked for ahead: if they lie end to end, as one.

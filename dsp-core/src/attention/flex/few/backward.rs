@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use super::super::backward::{Backward, dot, known_lse, scale};
 use super::super::rows::NewRows;
 use super::super::visible::Visible;
-use super::super::{Head, numbers, pack};
-use super::{BURST, ROW, counted, hide, parts, side_by_side};
+use super::super::{Head, numbers, pack, shared_out};
+use super::{BURST, ROW, counted, hide, side_by_side};
 use crate::attention::Mask;
 use crate::simd::{Ahead, Left, Run, Store, exp2, multiply};
 
@@ -53,7 +53,7 @@ struct Part<'a> {
 impl Backward<'_> {
     /// Some heads of a sample at a time, and each chunk of queries by itself.
     pub(in super::super) fn run_few(&self, heads: &[Head], chunks: &[Range<usize>]) {
-        let parts: Vec<_> = (parts(heads, self.problem.heads.kv().len()).into_iter())
+        let parts: Vec<_> = (shared_out(heads, self.problem.heads.kv().len()).into_iter())
             .flat_map(|heads| chunks.iter().zip(&self.sums).map(move |part| (heads, part)))
             .collect();
         (0..parts.len())
@@ -154,6 +154,18 @@ impl WithSimd for Part<'_> {
         } = scratch;
         dk.resize(keys * q_row, 0.0);
         dv.resize(keys * v_row, 0.0);
+        // The heads of a part are one sample's, so that their queries see the same.
+        let masked = problem.mask != Mask::Full;
+        if let (true, Some(head)) = (masked, heads.first()) {
+            let positions = numbers(&problem.query_positions, all_queries.start);
+            let positions = positions.take(all_queries.len());
+            visible.find(
+                &problem.mask,
+                head.sample,
+                positions,
+                &problem.key_positions,
+            );
+        }
         for head in heads {
             let (group, sample) = (head.query.len(), head.sample);
             let block = tiling.few.queries(group);
@@ -202,10 +214,15 @@ impl WithSimd for Part<'_> {
                     Store::Set,
                     ahead,
                 );
-                if problem.mask != Mask::Full {
-                    let positions = numbers(&problem.query_positions, start).take(queries.len());
-                    visible.find(&problem.mask, sample, positions, &problem.key_positions);
-                    hide(visible, group, rows, &mut weights[..scores], stride);
+                if masked {
+                    hide(
+                        visible,
+                        start - all_queries.start,
+                        group,
+                        rows,
+                        &mut weights[..scores],
+                        stride,
+                    );
                 }
                 let pairs = (&mut weights[..scores], &mut gradients[..scores]);
                 differentiate(simd, pairs, known, delta);

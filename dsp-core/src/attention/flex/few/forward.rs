@@ -11,10 +11,11 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::super::backward::scale;
 use super::super::forward::Forward;
 use super::super::visible::Visible;
-use super::super::{Head, numbers, pack};
-use super::{BURST, ROW, counted, hide, parts, side_by_side};
+use super::super::{Head, numbers, pack, shared_out};
+use super::{BURST, ROW, counted, hide, side_by_side};
 use crate::attention::Mask;
 use crate::simd::{Ahead, Left, Run, Store, exp2, multiply};
 
@@ -49,7 +50,7 @@ impl Forward<'_> {
     /// Some heads of a sample at a time, and where those are few, some queries.
     pub(in super::super) fn run_few(&self, heads: &[Head]) {
         let [queries, keys] = self.lengths;
-        let parts = parts(heads, self.problem.heads.kv().len());
+        let parts = shared_out(heads, self.problem.heads.kv().len());
         let threads = rayon::current_num_threads();
         let piece = queries
             .div_ceil((PARTS * threads).div_ceil(parts.len()))
@@ -128,7 +129,7 @@ impl WithSimd for Part<'_> {
         let (keys, lanes) = (*keys, S::F32_LANES);
         let (width, value_width) = (q.width(), v.width());
         let out_row = value_width.next_multiple_of(lanes);
-        let scale = (problem.scale * LOG2_E) as f32;
+        let factor = (problem.scale * LOG2_E) as f32;
         let Scratch {
             visible,
             v: packed_v,
@@ -139,6 +140,18 @@ impl WithSimd for Part<'_> {
             sums,
             ahead,
         } = scratch;
+        // The heads of a part are one sample's, so that their queries see the same.
+        let masked = problem.mask != Mask::Full;
+        if let (true, Some(head)) = (masked, heads.first()) {
+            let positions = numbers(&problem.query_positions, all_queries.start);
+            let positions = positions.take(all_queries.len());
+            visible.find(
+                &problem.mask,
+                head.sample,
+                positions,
+                &problem.key_positions,
+            );
+        }
         for head in heads {
             let (group, sample) = (head.query.len(), head.sample);
             let block = forward.tiling.few.queries(group);
@@ -150,7 +163,7 @@ impl WithSimd for Part<'_> {
                 let stride = rows.next_multiple_of(lanes);
                 let of_q = counted(head.rows(q, &queries), ahead);
                 pack::transposed_panels::<S>(q_transposed, of_q, rows, width);
-                q_transposed.iter_mut().for_each(|x| *x *= scale);
+                scale(q_transposed, factor);
                 scores.resize(keys * stride, 0.0);
                 multiply(
                     simd,
@@ -161,10 +174,15 @@ impl WithSimd for Part<'_> {
                     Store::Set,
                     ahead,
                 );
-                if problem.mask != Mask::Full {
-                    let positions = numbers(&problem.query_positions, start).take(queries.len());
-                    visible.find(&problem.mask, sample, positions, &problem.key_positions);
-                    hide(visible, group, rows, &mut scores[..keys * stride], stride);
+                if masked {
+                    hide(
+                        visible,
+                        start - all_queries.start,
+                        group,
+                        rows,
+                        &mut scores[..keys * stride],
+                        stride,
+                    );
                 }
                 largest.resize(stride, 0.0);
                 sums.resize(stride, 0.0);

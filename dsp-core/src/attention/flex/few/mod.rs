@@ -21,7 +21,6 @@ mod forward;
 use std::ops::Range;
 
 use super::Head;
-use super::linear::heads_of_a_part;
 use super::visible::Visible;
 use crate::attention::Dropout;
 use crate::attention::softmax::Problem;
@@ -37,8 +36,8 @@ pub(in crate::attention) struct Few {
 }
 
 impl Few {
-    /// The scores, and backward their gradients too, stay in the first cache; from some 40 keys on the way by tiles was as
-    /// fast backward.
+    /// The scores, and backward their gradients too, stay in the first cache. With 37 keys the way by tiles was no slower
+    /// backward (benchmarks/RESULTS.md).
     pub(super) const DEFAULT: Self = Self { keys: 32, rows: 64 };
 
     /// Whether this way is taken: where nothing is dropped. It depends on neither the queries nor the threads, so that a
@@ -56,15 +55,6 @@ impl Few {
 
 /// Lines that are asked for at once: a row is packed in the time in which some four arrive.
 const BURST: usize = 4;
-
-/// The heads, those of a sample together unless less keeps the threads busier: what lies side by side in memory.
-fn parts(heads: &[Head], kv_heads: usize) -> Vec<&[Head]> {
-    let samples = heads.len() / kv_heads;
-    let size = heads_of_a_part(samples, kv_heads);
-    (heads.chunks(kv_heads))
-        .flat_map(|of_sample| of_sample.chunks(size))
-        .collect()
-}
 
 /// The sample of heads that lie side by side, their kv heads and their query heads.
 fn side_by_side(heads: &[Head]) -> (usize, Range<usize>, Range<usize>) {
@@ -90,16 +80,24 @@ fn counted<'a>(
     rows.inspect(|_| ahead.worked(ROW))
 }
 
-/// Sets the scores to −∞ of the keys that a row's query does not see. Those of a key lie `stride` apart.
+/// Sets the scores to −∞ of the keys that a row's query does not see: the queries from `first` on, of those that `visible`
+/// knows. The scores of a key lie `stride` apart.
 #[inline(always)]
-fn hide(visible: &Visible, group: usize, rows: usize, scores: &mut [f32], stride: usize) {
+fn hide(
+    visible: &Visible,
+    first: usize,
+    group: usize,
+    rows: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
     let keys = scores.len() / stride;
     for row in 0..rows {
         let mut hide = |keys: Range<usize>| {
             keys.for_each(|key| scores[key * stride + row] = f32::NEG_INFINITY);
         };
         let mut from = 0;
-        for seen in visible.of(row / group) {
+        for seen in visible.of(first + row / group) {
             hide(from..seen.start);
             from = seen.end;
         }

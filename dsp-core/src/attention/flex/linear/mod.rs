@@ -31,7 +31,6 @@ use crate::simd::Level;
 
 pub(in crate::attention) use gradients::{gradients, gradients_after};
 pub(in crate::attention) use output::{output, output_after};
-pub(super) use parts::heads_of_a_part;
 pub(in crate::attention) use states::states;
 
 /// A chunk before which there is nothing: the output, `[B, L, Hq, dv]`, and as [`states`] the states.

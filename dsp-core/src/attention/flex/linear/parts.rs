@@ -2,14 +2,8 @@
 
 use std::ops::Range;
 
+use super::super::heads_of_a_part;
 use crate::simd::Run;
-
-/// How many heads, side by side, are one part of the work: all of a sample's, unless less keeps the threads busier.
-pub(in super::super) fn heads_of_a_part(samples: usize, heads: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    let longest = |parts: &usize| (samples * parts).div_ceil(threads) * heads.div_ceil(*parts);
-    heads.div_ceil((1..=heads).min_by_key(longest).unwrap_or(1))
-}
 
 /// The parts: of each a sample, and heads of it.
 pub(super) fn parts(samples: usize, heads: usize) -> Vec<(usize, Range<usize>)> {

@@ -12,9 +12,9 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::super::super::rows::{NewRows, Rows};
-use super::super::super::{Head, heads_of, pack, tensor};
+use super::super::super::{Head, heads_of, pack, shared_out, tensor};
 use super::super::gradients::{self, Before};
-use super::super::parts::{heads_of_a_part, steps};
+use super::super::parts::steps;
 use super::super::states::hand_on;
 use super::super::{Powers, input, states_of};
 use crate::attention::linear::Problem;
@@ -51,9 +51,6 @@ pub(in super::super) fn backward(
     };
     let [samples, _, kv_heads, _] = shapes[1];
     let heads = heads_of(samples, &problem.heads);
-    let parts: Vec<_> = (heads.chunks(kv_heads))
-        .flat_map(|of_sample| of_sample.chunks(heads_of_a_part(samples, kv_heads)))
-        .collect();
     let of_part = |scratch: &mut _, heads| {
         level.run(Part {
             backward: &backward,
@@ -61,7 +58,7 @@ pub(in super::super) fn backward(
             scratch,
         });
     };
-    (parts.into_par_iter()).for_each_init(Scratch::default, of_part);
+    (shared_out(&heads, kv_heads).into_par_iter()).for_each_init(Scratch::default, of_part);
     let Backward { dq, dk, dv, .. } = backward;
     let [of_q, of_k, of_v] = shapes;
     [(dq, of_q), (dk, of_k), (dv, of_v)].map(|(rows, shape)| tensor(rows.all(), shape, &device))
