@@ -10,6 +10,7 @@
 //! A [`DeviceChoice`] is what was written; opened, it gives [`Devices`] that are there and have computed something.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
@@ -236,6 +237,16 @@ impl Devices {
     /// Where a rank computes.
     pub fn of_rank(&self, rank: usize) -> Device {
         self.all[rank % self.all.len()].clone()
+    }
+
+    /// How many GPUs all ranks have together; none where they compute on the processor.
+    pub fn gpus(&self, engine: &Engine) -> Option<usize> {
+        match (engine.device(), &self.choice.0) {
+            (Some(_), _) => Some(engine.most_ranks()),
+            (None, Backend::Flex) => None,
+            (None, Backend::Wgpu) => Some(1),
+            (None, Backend::Cuda(numbers)) => Some(BTreeSet::from_iter(numbers).len()),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ pub mod clip;
 pub mod compare;
 pub mod devices;
 pub mod fields;
+mod finding;
 pub mod launcher;
 pub mod progress;
 pub mod record;

@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// The progress of a comparison: cases (a strategy on a number of ranks), each with its steps.
+use crate::record::seconds;
+
+/// The progress of a comparison: cases (a strategy on a number of ranks), each held to serial, then timed round by
+/// round.
 ///
 /// Writing to stderr may fail (a closed pipe); the comparison does not end for that.
 #[derive(Debug)]
@@ -31,21 +34,22 @@ impl std::fmt::Debug for Shown {
 
 struct Lines {
     writer: Box<dyn Write + Send>,
-    cases: u64,
-    done: u64,
+    /// Cases to check, then runs to time.
+    steps: usize,
+    done: usize,
     started: Instant,
 }
 
 impl Progress {
-    /// For `cases` cases: a bar if stderr is a terminal, else one line for each case.
-    pub fn new(cases: u64) -> Self {
+    /// For `cases` cases: a bar if stderr is a terminal, else a line for each step.
+    pub fn new(cases: usize) -> Self {
         if !std::io::stderr().is_terminal() {
             return Self::lines(cases, Box::new(std::io::stderr()));
         }
-        let bar = ProgressBar::new(cases);
+        let bar = ProgressBar::new(cases as u64);
         // A template that does not parse is a mistake in this file; the default bar then serves.
         if let Ok(style) = ProgressStyle::with_template(
-            "{spinner} {elapsed_precise} [{bar:24}] {pos}/{len} cases, {eta} left · {wide_msg}",
+            "{spinner} {elapsed_precise} [{bar:24}] {pos}/{len}, {eta} left · {wide_msg}",
         ) {
             bar.set_style(style.progress_chars("━╸─"));
         }
@@ -56,62 +60,69 @@ impl Progress {
     }
 
     /// Plain lines into `writer`.
-    pub fn lines(cases: u64, writer: Box<dyn Write + Send>) -> Self {
+    pub fn lines(cases: usize, writer: Box<dyn Write + Send>) -> Self {
         Self {
             shown: Shown::Lines(Mutex::new(Lines {
                 writer,
-                cases,
+                steps: cases,
                 done: 0,
                 started: Instant::now(),
             })),
         }
     }
 
-    /// A case begins.
-    pub fn begin(&self, strategy: &str, ranks: usize) {
-        let case = case(strategy, ranks);
+    /// A case is held to serial now.
+    pub fn check(&self, strategy: &str, ranks: usize) {
+        let step = format!("{}: equality with serial", case(strategy, ranks));
         match &self.shown {
-            Shown::Bar(bar) => bar.set_message(case),
+            Shown::Bar(bar) => bar.set_message(step),
+            Shown::Lines(lines) => with(lines, |lines| lines.step(&step)),
+        }
+    }
+
+    /// It has been; `verdict` says in a few words what came of it.
+    pub fn checked(&self, verdict: &str) {
+        match &self.shown {
+            Shown::Bar(bar) => bar.inc(1),
             Shown::Lines(lines) => with(lines, |lines| {
-                let number = lines.done + 1;
-                lines.say(&format!("[{number}/{}] {case}", lines.cases));
+                let seconds = lines.started.elapsed().as_secs_f64();
+                lines.say(&format!("      {verdict} (after {seconds:.0} s in all)"));
             }),
         }
     }
 
-    /// What the case does now: `equality with serial`, `warm-up`. A bar only.
-    pub fn phase(&self, strategy: &str, ranks: usize, phase: &str) {
-        if let Shown::Bar(bar) = &self.shown {
-            bar.set_message(format!("{}: {phase}", case(strategy, ranks)));
+    /// All have been: `cases` of them are timed in each of `rounds` rounds.
+    pub fn rounds(&self, rounds: usize, cases: usize) {
+        match &self.shown {
+            Shown::Bar(bar) => {
+                // The runs to come take as long as those that were checked: none counts for the refused ones.
+                bar.set_length((rounds + 1) as u64 * cases as u64);
+                bar.set_position(cases as u64);
+            }
+            Shown::Lines(lines) => with(lines, |lines| {
+                (lines.steps, lines.done) = (rounds * cases, 0);
+                let times = if rounds == 1 { "once" } else { "in turn" };
+                let rounds = plural(rounds, "round");
+                let cases = plural(cases, "case");
+                lines.say(&format!("{cases}, timed {times}: {rounds}"));
+            }),
         }
     }
 
-    /// Repeat `repeat` of `repeats` (from 1) runs, the last one having taken `last_seconds`. A bar only.
-    pub fn repeat(
-        &self,
-        strategy: &str,
-        ranks: usize,
-        repeat: usize,
-        repeats: usize,
-        last_seconds: Option<f64>,
-    ) {
+    /// A case is timed now, in this round (from 0). A bar only.
+    pub fn time(&self, strategy: &str, ranks: usize, round: usize) {
         if let Shown::Bar(bar) = &self.shown {
-            let last = last_seconds.map_or(String::new(), |s| format!(", the last took {s:.2} s"));
-            bar.set_message(format!(
-                "{}: repeat {repeat} of {repeats}{last}",
-                case(strategy, ranks)
-            ));
+            bar.set_message(run(strategy, ranks, round));
         }
     }
 
-    /// The case has ended; `summary` says how in a few words (`5.12 s`, `refused`).
-    pub fn end(&self, summary: &str) {
+    /// It has been, and took `taken` seconds.
+    pub fn timed(&self, strategy: &str, ranks: usize, round: usize, taken: f64) {
         match &self.shown {
             Shown::Bar(bar) => bar.inc(1),
             Shown::Lines(lines) => with(lines, |lines| {
-                lines.done += 1;
-                let seconds = lines.started.elapsed().as_secs_f64();
-                lines.say(&format!("      {summary} (after {seconds:.0} s in all)"));
+                let run = run(strategy, ranks, round);
+                lines.step(&format!("{run}: {}", seconds(taken)));
             }),
         }
     }
@@ -136,6 +147,11 @@ impl Progress {
 }
 
 impl Lines {
+    fn step(&mut self, step: &str) {
+        self.done += 1;
+        self.say(&format!("[{}/{}] {step}", self.done, self.steps));
+    }
+
     fn say(&mut self, line: &str) {
         // A closed stderr does not end a comparison.
         let _ = writeln!(self.writer, "{line}");
@@ -149,8 +165,16 @@ fn with(lines: &Mutex<Lines>, say: impl FnOnce(&mut Lines)) {
 }
 
 fn case(strategy: &str, ranks: usize) -> String {
-    let unit = if ranks == 1 { "rank" } else { "ranks" };
-    format!("{strategy} on {ranks} {unit}")
+    format!("{strategy} on {}", plural(ranks, "rank"))
+}
+
+fn run(strategy: &str, ranks: usize, round: usize) -> String {
+    format!("{}, round {}", case(strategy, ranks), round + 1)
+}
+
+fn plural(number: usize, unit: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {unit}{plural}")
 }
 
 #[cfg(test)]
@@ -180,23 +204,27 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn without_a_terminal_every_case_has_a_line_and_its_end() {
+    fn without_a_terminal_every_step_has_a_line_and_its_end() {
         let page = Page::default();
         let progress = Progress::lines(2, Box::new(page.clone()));
-        progress.begin("serial", 1);
-        progress.repeat("serial", 1, 1, 3, None);
-        progress.end("8.10 s");
-        progress.begin("ulysses", 4);
+        progress.check("serial", 1);
+        progress.checked("equal to serial");
+        progress.check("ulysses", 4);
         progress.note("heads: 2 for 4 ranks");
-        progress.end("refused");
+        progress.checked("refused");
+        progress.rounds(2, 1);
+        progress.time("serial", 1, 1);
+        progress.timed("serial", 1, 1, 8.1);
         progress.finish();
         let text = page.text();
         let lines: Vec<_> = text.lines().collect();
-        assert_eq!(lines[0], "[1/2] serial on 1 rank");
-        assert!(lines[1].contains("8.10 s"), "{text}");
-        assert_eq!(lines[2], "[2/2] ulysses on 4 ranks");
+        assert_eq!(lines[0], "[1/2] serial on 1 rank: equality with serial");
+        assert!(lines[1].contains("equal to serial (after"), "{text}");
+        assert_eq!(lines[2], "[2/2] ulysses on 4 ranks: equality with serial");
         assert_eq!(lines[3], "heads: 2 for 4 ranks");
         assert!(lines[4].contains("refused"), "{text}");
-        assert_eq!(lines.len(), 5);
+        assert_eq!(lines[5], "1 case, timed in turn: 2 rounds");
+        assert_eq!(lines[6], "[1/2] serial on 1 rank, round 2: 8.10 s");
+        assert_eq!(lines.len(), 7);
     }
 }

@@ -5,6 +5,7 @@
 use dsp_core::Engine;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::devices::Devices;
 use crate::scenario::Scenario;
 
 /// An error is taken relative to the reference's largest value, but to no less than this.
@@ -17,7 +18,7 @@ pub struct Comparison {
     pub version: String,
     /// When it began, in seconds since 1970 in UTC.
     pub started_unix_seconds: u64,
-    /// How long all of it took: equality, warm-up and repeats.
+    /// How long all of it took: equality, warm-ups and rounds.
     pub elapsed_seconds: f64,
     /// Where it ran.
     pub machine: Machine,
@@ -34,6 +35,9 @@ pub struct Comparison {
 pub struct Machine {
     /// Cores that all ranks may use together.
     pub cores: usize,
+    /// GPUs that the ranks have together; `None` where they compute on the processor.
+    #[serde(default)]
+    pub gpus: Option<usize>,
     /// The processor's name, where the system tells.
     pub cpu: Option<String>,
     /// All memory, where the system tells.
@@ -49,7 +53,7 @@ pub struct Row {
     pub strategy: String,
     /// Ranks, each a thread with its own compute pool.
     pub ranks: usize,
-    /// Whether the ranks have more compute threads than there are cores: such times are not speed-ups.
+    /// Whether the ranks have more compute threads than there are cores, or share a GPU: such times are not speed-ups.
     pub oversubscribed: bool,
     /// How it ended.
     pub outcome: Outcome,
@@ -124,10 +128,10 @@ pub struct Difference {
     pub relative: f64,
 }
 
-/// Wall-clock times of the repeats of a case, of which none is a warm-up.
+/// Wall-clock times of a case, one of each round, of which none is a warm-up.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Timing {
-    /// Each repeat, in the order in which they ran.
+    /// Each round's: those of two cases at one place were taken one soon after the other.
     pub repeats_seconds: Vec<f64>,
     /// The middle repeat; of an even number, the slower of the two middle ones, so that it is a run
     /// that was really made.
@@ -154,7 +158,7 @@ pub struct RankSeconds {
 }
 
 /// What the ranks of a case sent, in one repeat.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     /// Each rank, in rank order.
     pub per_rank: Vec<RankTraffic>,
@@ -197,15 +201,15 @@ pub struct CollectiveCount {
 /// What the process held, all ranks together: bytes asked of the allocator by Rust code.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// The most that was held while the case ran.
+    /// The most that was held while the case was timed.
     pub peak_bytes: u64,
-    /// What was held before the case began: the input, the weights, the reference of the equality check.
+    /// What was held before: the input, and the weights that every case places anew.
     pub before_bytes: u64,
 }
 
 impl Comparison {
     /// A comparison on this machine that begins now and has no rows yet.
-    pub fn begin(scenario: Scenario, backend: &str, engine: &Engine) -> Self {
+    pub fn begin(scenario: Scenario, devices: &Devices, engine: &Engine) -> Self {
         let started_unix_seconds = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
@@ -213,8 +217,11 @@ impl Comparison {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started_unix_seconds,
             elapsed_seconds: 0.0,
-            machine: Machine::under(engine),
-            backend: backend.to_owned(),
+            machine: Machine {
+                gpus: devices.gpus(engine),
+                ..Machine::under(engine)
+            },
+            backend: devices.to_string(),
             scenario,
             rows: Vec::new(),
         }
@@ -222,11 +229,15 @@ impl Comparison {
 
     /// Adds a case.
     pub fn push(&mut self, strategy: &str, ranks: usize, outcome: Outcome) {
+        let threads = self.scenario.threads_per_rank.unwrap_or(1);
+        let oversubscribed = match self.machine.gpus {
+            Some(gpus) => ranks > gpus,
+            None => ranks.saturating_mul(threads) > self.machine.cores,
+        };
         self.rows.push(Row {
             strategy: strategy.to_owned(),
             ranks,
-            oversubscribed: ranks * self.scenario.threads_per_rank.unwrap_or(1)
-                > self.machine.cores,
+            oversubscribed,
             outcome,
         });
     }
@@ -239,6 +250,22 @@ impl Comparison {
         })
     }
 
+    /// How often each case was timed: they took turns, in as many rounds.
+    pub fn rounds(&self) -> usize {
+        let rounds = (self.timed()).map(|(_, measured)| measured.time.repeats_seconds.len());
+        rounds.max().unwrap_or_default()
+    }
+
+    /// What the ranks of the rows that are oversubscribed share; `None` if none is.
+    pub fn shared(&self) -> Option<String> {
+        let mut rows = self.rows.iter();
+        rows.any(|row| row.oversubscribed)
+            .then(|| match self.machine.gpus {
+                Some(gpus) => format!("more ranks than GPUs ({gpus})"),
+                None => format!("more compute threads than cores ({})", self.machine.cores),
+            })
+    }
+
     /// Whether nothing went wrong: no case is unequal or failed, and every count equals its formula.
     /// Refusals are no fault.
     pub fn all_well(&self) -> bool {
@@ -247,129 +274,6 @@ impl Comparison {
             Outcome::Refused { .. } => true,
             Outcome::Unequal { .. } | Outcome::Error { .. } => false,
         })
-    }
-
-    /// What was found, in one line; what went wrong comes first.
-    pub fn finding(&self) -> String {
-        let mut parts = self.faults();
-        parts.extend(self.headline());
-        if parts.is_empty() {
-            parts.push("nothing was timed: every case was refused".to_owned());
-        }
-        parts.join("; ")
-    }
-
-    fn faults(&self) -> Vec<String> {
-        let mut faults = Vec::new();
-        for row in &self.rows {
-            let case = row.case();
-            match &row.outcome {
-                Outcome::Unequal { equality } => faults.push(format!(
-                    "{case} is NOT equal to serial (relative error {}, allowed {}) and was not timed",
-                    scientific(equality.worst_relative()),
-                    scientific(equality.tolerance)
-                )),
-                Outcome::Error { message } => {
-                    let first = message.lines().next().unwrap_or_default();
-                    faults.push(format!("{case} FAILED: {first}"));
-                }
-                Outcome::Timed(measured) if !measured.traffic.equals_formula() => {
-                    faults.push(format!("{case} sent other bytes than its formula says"))
-                }
-                _ => {}
-            }
-        }
-        faults
-    }
-
-    /// DSP beside the strategy that sends least of the others, on the most ranks that have a core
-    /// each; without such ranks, on the most there are.
-    fn headline(&self) -> Option<String> {
-        let exact = self
-            .timed()
-            .map(|(_, measured)| measured.equality.worst_relative())
-            .fold(0.0, f64::max);
-        let exact = format!("all exact to {}", scientific(exact));
-        let serial = self.timed().find(|(row, _)| row.ranks == 1);
-        let rank = |ranks| if ranks == 1 { "rank" } else { "ranks" };
-
-        let parallel: Vec<_> = self.timed().filter(|(row, _)| row.ranks > 1).collect();
-        let most = |oversubscribed: bool, leader: bool| {
-            parallel
-                .iter()
-                .filter(|(row, _)| row.oversubscribed == oversubscribed)
-                .filter(|(row, _)| !leader || row.strategy == "dsp")
-                .map(|(row, _)| row.ranks)
-                .max()
-        };
-        let Some(ranks) = most(false, true)
-            .or_else(|| most(true, true))
-            .or_else(|| most(false, false))
-            .or_else(|| most(true, false))
-        else {
-            let (row, measured) = serial?;
-            return Some(format!(
-                "{} takes {}; no strategy was timed on more ranks; {exact}",
-                row.case(),
-                seconds(measured.time.median_seconds)
-            ));
-        };
-        let mut cases: Vec<_> = parallel
-            .into_iter()
-            .filter(|(row, _)| row.ranks == ranks)
-            .collect();
-        cases.sort_by_key(|(row, measured)| {
-            // A mixture may be DSP under another name: it comes last.
-            let mixture = row.strategy.contains('+');
-            let sent = measured.traffic.busiest_rank_bytes();
-            (row.strategy != "dsp", mixture, sent)
-        });
-        let (first, ours) = *cases.first()?;
-        let sent = ours.traffic.busiest_rank_bytes();
-        let took = ours.time.median_seconds;
-        let mut line = match cases.get(1) {
-            Some((second, theirs)) => {
-                let other = theirs.traffic.busiest_rank_bytes();
-                let ratio = if sent == other || sent == 0 || other == 0 {
-                    "as much".to_owned()
-                } else if other > sent {
-                    format!("{:.1}× less", other as f64 / sent as f64)
-                } else {
-                    format!("{:.1}× more", sent as f64 / other as f64)
-                };
-                format!(
-                    "{} sends {} of activations a rank where {} sends {} ({ratio}), and takes {} against {} on {ranks} {}",
-                    label(&first.strategy),
-                    bytes(sent),
-                    label(&second.strategy),
-                    bytes(other),
-                    seconds(took),
-                    seconds(theirs.time.median_seconds),
-                    rank(ranks)
-                )
-            }
-            None => format!(
-                "{} sends {} a rank and takes {} on {ranks} {}",
-                label(&first.strategy),
-                bytes(sent),
-                seconds(took),
-                rank(ranks)
-            ),
-        };
-        if let Some((row, measured)) = serial {
-            line += &format!(
-                " (serial on {}: {})",
-                row.ranks,
-                seconds(measured.time.median_seconds)
-            );
-        }
-        if first.oversubscribed {
-            let cores = self.machine.cores;
-            let unit = if cores == 1 { "core" } else { "cores" };
-            line +=
-                &format!("; {ranks} ranks share {cores} {unit}, so these times are not speed-ups");
-        }
-        Some(format!("{line}; {exact}"))
     }
 }
 
@@ -393,6 +297,7 @@ impl Machine {
         );
         Self {
             cores: engine.cores(),
+            gpus: None,
             cpu: field(&cpu_info, "model name", ':').map(str::to_owned),
             memory_bytes: field(&memory_info, "MemTotal", ':')
                 .and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok())
@@ -717,12 +622,13 @@ pub(crate) mod sample {
     pub(crate) fn comparison(cores: usize) -> Comparison {
         let mut comparison = {
             let scenario = Scenario::load("default").unwrap();
-            Comparison::begin(scenario, "flex", &Engine::Threads)
+            Comparison::begin(scenario, &Devices::default(), &Engine::Threads)
         };
         comparison.started_unix_seconds = 1_795_500_000;
         comparison.elapsed_seconds = 148.2;
         comparison.machine = Machine {
             cores,
+            gpus: None,
             cpu: Some("Example 9000 at 3.1 GHz".into()),
             memory_bytes: Some(24_000_000_000),
             os: "Example Linux 12, x86_64".into(),
@@ -833,28 +739,6 @@ mod tests {
     }
 
     #[test]
-    fn the_finding_sets_dsp_beside_ulysses_on_ranks_that_have_a_core_each() {
-        assert_eq!(
-            comparison(2).finding(),
-            "DSP sends 18.9 MB of activations a rank where Ulysses sends 37.7 MB (2.0× less), and takes 5.11 s \
-             against 5.62 s on 2 ranks (serial on 1: 8.12 s); all exact to 3.1e-6"
-        );
-        assert!(comparison(4).finding().contains("on 4 ranks"));
-        let mut with_mixture = comparison(2);
-        with_mixture.push("dsp+ulysses", 2, timed(2, 5.0, 18_874_368, 2));
-        assert_eq!(with_mixture.finding(), comparison(2).finding());
-    }
-
-    #[test]
-    fn the_finding_does_not_call_shared_cores_a_speed_up() {
-        let finding = comparison(1).finding();
-        assert!(
-            finding.contains("4 ranks share 1 core, so these times are not speed-ups"),
-            "{finding}"
-        );
-    }
-
-    #[test]
     fn cores_are_shared_by_the_threads_of_all_ranks() {
         let mut comparison = comparison(2);
         comparison.scenario.threads_per_rank = Some(2);
@@ -863,75 +747,6 @@ mod tests {
         let shared = comparison.rows.iter().rev().take(2);
         let shared: Vec<bool> = shared.map(|row| row.oversubscribed).collect();
         assert_eq!(shared, [true, false]);
-    }
-
-    #[test]
-    fn the_finding_says_first_what_went_wrong() {
-        let mut comparison = comparison(2);
-        assert!(comparison.all_well());
-        comparison.push(
-            "ring",
-            2,
-            Outcome::Unequal {
-                equality: equality(0.5),
-            },
-        );
-        comparison.push(
-            "lss",
-            2,
-            Outcome::Error {
-                message: "rank 1 panicked\nmore".into(),
-            },
-        );
-        let finding = comparison.finding();
-        assert!(
-            finding.starts_with(
-                "Ring on 2 ranks is NOT equal to serial (relative error 5e-1, allowed 2e-5)"
-            ),
-            "{finding}"
-        );
-        assert!(
-            finding.contains("LSS on 2 ranks FAILED: rank 1 panicked; DSP"),
-            "{finding}"
-        );
-        assert!(!comparison.all_well());
-    }
-
-    #[test]
-    fn the_finding_names_a_count_that_differs_from_its_formula() {
-        let mut comparison = comparison(2);
-        let Outcome::Timed(measured) = &mut comparison.rows[3].outcome else {
-            panic!("timed");
-        };
-        measured.traffic.per_rank[1].backward.formula_bytes += 4;
-        assert!(
-            comparison
-                .finding()
-                .starts_with("DSP on 2 ranks sent other bytes")
-        );
-        assert!(!comparison.all_well());
-    }
-
-    #[test]
-    fn the_finding_copes_with_one_strategy_with_none_and_without_dsp() {
-        let mut comparison = comparison(2);
-        let rows = std::mem::take(&mut comparison.rows);
-        assert_eq!(
-            comparison.finding(),
-            "nothing was timed: every case was refused"
-        );
-        comparison.push("serial", 1, timed(1, 8.0, 0, 0));
-        assert!(
-            comparison
-                .finding()
-                .starts_with("Serial on 1 rank takes 8.00 s")
-        );
-        comparison.rows.push(rows[4].clone());
-        assert!(
-            comparison
-                .finding()
-                .starts_with("Ulysses sends 37.7 MB a rank and takes 5.62 s")
-        );
     }
 
     #[test]

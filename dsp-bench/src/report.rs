@@ -86,7 +86,8 @@ fn context(comparison: &Comparison, trace: Option<&str>) -> Result<Value, Report
         passes => scenario.passes.label(),
         dtype => scenario.dtype.label(),
         floor => RELATIVE_FLOOR,
-        oversubscribed => comparison.rows.iter().any(|row| row.oversubscribed),
+        shared => comparison.shared(),
+        rounds => comparison.rounds(),
         time_chart => drawn.next(),
         traffic_chart => drawn.next(),
         memory_chart => drawn.next(),
@@ -246,6 +247,7 @@ const DARK: [(u8, u8, u8); 3] = [(110, 163, 232), (242, 166, 74), (110, 118, 130
 /// A chart as the template takes it.
 #[derive(Debug, Clone)]
 struct Drawn {
+    about: &'static str,
     light: Value,
     dark: Value,
     legend: Vec<(&'static str, &'static str)>,
@@ -258,7 +260,7 @@ impl From<Drawn> for Value {
             .into_iter()
             .map(|(name, colour)| context! { name, colour })
             .collect();
-        context! { light => drawn.light, dark => drawn.dark, legend }
+        context! { about => drawn.about, light => drawn.light, dark => drawn.dark, legend }
     }
 }
 
@@ -266,6 +268,7 @@ impl Chart {
     /// Both drawings and the legend, which is HTML: its font is the page's.
     fn svg(&self) -> Result<Drawn, ReportError> {
         Ok(Drawn {
+            about: self.about,
             light: Value::from_safe_string(self.draw(false)?),
             dark: Value::from_safe_string(self.draw(true)?),
             legend: self
@@ -341,15 +344,16 @@ impl Chart {
     }
 }
 
-/// The end of an axis that begins at 0, and its parts: round numbers that leave the largest value room.
+/// The end of an axis that begins at 0, and its parts: round numbers that leave the largest value room, of one decimal at
+/// most, as the charts write no more.
 pub(crate) fn round_axis(largest: f32) -> (f32, usize) {
     if largest <= 0.0 || !largest.is_finite() {
         return (1.0, 4);
     }
     let magnitude = 10_f32.powf(largest.log10().floor());
-    let step = [0.1, 0.2, 0.25, 0.5, 1.0, 2.0]
+    let step = [0.1, 0.2, 0.5, 1.0, 2.0]
         .into_iter()
-        .map(|part| part * magnitude)
+        .map(|part| (part * magnitude).max(0.1))
         .find(|step| largest <= 6.0 * step)
         .unwrap_or(2.0 * magnitude);
     let parts = (largest / step).ceil().max(1.0);

@@ -66,12 +66,12 @@ pub struct Scenario {
     pub seed: u64,
     /// The largest error allowed against serial: max |Δ| / max(max |serial|, 1e-3).
     pub tolerance: f64,
-    /// What the whole comparison may take, the runs that are held to serial included; the number of repeats
-    /// adapts to it.
+    /// What the whole comparison may take, the runs that are held to serial included; the number of rounds, in each
+    /// of which every case is timed once, adapts to it.
     pub time_budget_seconds: f64,
-    /// Repeats that every case gets, whatever the budget.
+    /// Rounds that there are, whatever the budget.
     pub min_repeats: usize,
-    /// Repeats that no case exceeds, whatever the budget.
+    /// Rounds that are not exceeded, whatever the budget.
     pub max_repeats: usize,
     /// How long a rank waits for another inside a collective.
     pub deadline_seconds: f64,

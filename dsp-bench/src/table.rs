@@ -256,21 +256,27 @@ impl Unit {
 }
 
 fn footnotes(comparison: &Comparison) -> Vec<String> {
-    let mut notes = vec![
-        "Time: wall clock, the median run; compute, communication and waiting are means of its ranks. \
+    let time = match comparison.rounds() {
+        0 | 1 => "one run each, so that small differences mean nothing".to_owned(),
+        rounds => format!("the median of {rounds} rounds, in which the cases took turns"),
+    };
+    let memory = match comparison.machine.gpus {
+        Some(_) => "of the host, not of a GPU",
+        None => "as Rust code allocates it",
+    };
+    let mut notes = vec![format!(
+        "Time: wall clock, {time}; compute, communication and waiting are means of its ranks. \
          Sent: activations, and their gradients backward. Beside: the parameters' gradients, to sum them; of those that a \
-         strategy shards, none are sent. Both by the rank that sends most. Memory: all ranks together, as Rust code allocates it."
-            .to_owned(),
-    ];
+         strategy shards, none are sent. Both by the rank that sends most. Memory: all ranks together, {memory}."
+    )];
     if hides(comparison) {
         let note = "Hidden communication: data on their way while the rank computed. What is under comm. is the rest of it, \
                     exposed.";
         notes.push(note.to_owned());
     }
-    if comparison.rows.iter().any(|row| row.oversubscribed) {
-        let cores = comparison.machine.cores;
+    if let Some(shared) = comparison.shared() {
         notes.push(format!(
-            "* More compute threads than cores ({cores}): the ranks share them, and such times are not speed-ups."
+            "* There are {shared}: ranks share them, and such times are not speed-ups."
         ));
     }
     for row in &comparison.rows {
@@ -441,7 +447,7 @@ mod tests {
             "NOT EQUAL, not timed",
             "USP on 3 ranks refused: 3 ranks are no mesh",
             "LSS on 4 ranks FAILED: rank 1 panicked",
-            "More compute threads than cores (2): the ranks share them, and such times are not speed-ups.",
+            "* There are more compute threads than cores (2): ranks share them, and such times are not speed-ups.",
             "hidden 1152, 16 heads",
         ] {
             assert!(text.contains(expected), "no {expected:?} in\n{text}");

@@ -4,6 +4,9 @@
 
 mod common;
 
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
 use common::{Refusal, softmax_refusal};
 use dsp_bench::compare::{Comparer, Meter};
 use dsp_bench::progress::Progress;
@@ -35,7 +38,7 @@ fn compare_in(mut scenario: Scenario, change: impl Fn(&mut Scenario)) -> Compari
     change(&mut scenario);
     scenario.check("the test").unwrap();
     let comparer = Comparer::new(scenario).unwrap();
-    let quiet = Progress::lines(comparer.cases().len() as u64, Box::new(std::io::sink()));
+    let quiet = Progress::lines(comparer.cases().len(), Box::new(std::io::sink()));
     comparer.run(&quiet, &Nothing).unwrap()
 }
 
@@ -74,6 +77,83 @@ fn every_strategy_is_exact_and_sends_what_its_formula_says_on_the_clip() {
     }
     assert!(table::render(&comparison).contains("Ulysses"));
     assert!(report::render(&comparison, None).unwrap().contains("<svg"));
+}
+
+/// What a comparison did, in order: its lines of progress, and what it asked of the meter.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<String>>>);
+
+impl Told {
+    fn note(&self, line: &str) {
+        self.0.lock().unwrap().push(line.trim_end().to_owned());
+    }
+}
+
+impl Write for Told {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let text = String::from_utf8_lossy(bytes);
+        for line in text.lines().filter(|line| line.contains("round ")) {
+            // Without the time that it took.
+            self.note(line.rsplit_once(": ").unwrap().0);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Meter for Told {
+    fn reset_peak(&self) -> u64 {
+        30
+    }
+
+    fn peak(&self) -> u64 {
+        70
+    }
+
+    fn set_recording(&self, recording: bool) {
+        if recording {
+            self.note("traced");
+        }
+    }
+}
+
+#[test]
+fn the_cases_take_turns_there_and_back_and_the_first_round_is_traced() {
+    let compiled = dsp_strategies::all();
+    let mut names = compiled.iter().map(|strategy| strategy.name());
+    let runs = |name: &&str| *name != "serial" && softmax_refusal(name, 2, 4, 2).is_none();
+    let Some(name) = names.find(runs) else {
+        return;
+    };
+    let mut scenario = Scenario::load("small").unwrap();
+    (scenario.min_repeats, scenario.max_repeats) = (3, 3);
+    scenario.ranks = vec![2, 3];
+    scenario.strategies = Some(vec![name.to_owned()]);
+    let comparer = Comparer::new(scenario).unwrap();
+    let told = Told::default();
+    // A line comes in pieces, without this.
+    let writer = std::io::LineWriter::new(told.clone());
+    let progress = Progress::lines(comparer.cases().len(), Box::new(writer));
+    let comparison = comparer.run(&progress, &told).unwrap();
+    for (row, measured) in comparison.timed() {
+        let memory = (measured.memory.before_bytes, measured.memory.peak_bytes);
+        assert_eq!(memory, (30, 70), "{}", row.case());
+        assert_eq!(measured.time.repeats_seconds.len(), 3, "{}", row.case());
+    }
+    assert_eq!(comparison.rounds(), 3);
+    let there = ["serial on 1 rank", "NAME on 2 ranks", "NAME on 3 ranks"];
+    let there = there.map(|case| case.replace("NAME", name));
+    let there = |round| there.iter().map(move |case| (case, round));
+    let order = there(1).chain(there(2).rev()).chain(there(3));
+    let expected = order.zip(1..).flat_map(|((case, round), number)| {
+        let line = format!("[{number}/9] {case}, round {round}");
+        [(round == 1).then(|| "traced".to_owned()), Some(line)]
+    });
+    let expected: Vec<String> = expected.flatten().collect();
+    assert_eq!(*told.0.lock().unwrap(), expected);
 }
 
 #[test]
