@@ -6,7 +6,7 @@
 //! of one name that follow each other in time onto one track.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -18,10 +18,11 @@ use tracing_subscriber::prelude::*;
 
 /// A trace that is being written; a process can have one.
 ///
-/// Dropping it writes what was recorded so far, but leaves a track for every thread: call
-/// [`TraceFile::finish`].
+/// Only [`TraceFile::finish`] makes it: what was recorded so far stands beside it, in `….partial`.
 pub struct TraceFile {
     path: PathBuf,
+    /// Beside it, where the spans go first: an earlier trace stays until this one is whole.
+    partial: PathBuf,
     recording: Arc<AtomicBool>,
     guard: FlushGuard,
 }
@@ -31,7 +32,7 @@ pub struct TraceFile {
 #[non_exhaustive]
 pub enum TraceError {
     /// The file cannot be made or written.
-    #[error("trace {}: {source}; name a file in a folder that can be written, or leave the trace out", path.display())]
+    #[error("trace {}: {source}; name a file in a folder that can be written", path.display())]
     Unwritable {
         /// The trace's file.
         path: PathBuf,
@@ -60,7 +61,10 @@ impl TraceFile {
     /// # Errors
     /// [`TraceError::Unwritable`], and [`TraceError::AlreadyStarted`] if the process has a subscriber.
     pub fn start(path: &Path) -> Result<Self, TraceError> {
-        let file = File::create(path).map_err(|source| TraceError::Unwritable {
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let file = File::create(&partial).map_err(|source| TraceError::Unwritable {
             path: path.to_owned(),
             source,
         })?;
@@ -76,19 +80,21 @@ impl TraceFile {
         });
         let subscriber = tracing_subscriber::registry().with(layer.with_filter(ours));
         tracing::subscriber::set_global_default(subscriber).map_err(|_| {
+            // It is new and empty; whether it goes changes nothing for the caller.
+            let _ = fs::remove_file(&partial);
             TraceError::AlreadyStarted {
                 path: path.to_owned(),
             }
         })?;
         Ok(Self {
             path: path.to_owned(),
+            partial,
             recording,
             guard,
         })
     }
 
-    /// Records spans that begin from now on, or leaves them out: a run that is timed need not be
-    /// slowed by its trace.
+    /// Records spans that begin from now on, or leaves them out.
     pub fn set_recording(&self, recording: bool) {
         self.recording.store(recording, Relaxed);
     }
@@ -100,6 +106,7 @@ impl TraceFile {
     pub fn finish(self) -> Result<PathBuf, TraceError> {
         let Self {
             path,
+            partial,
             recording,
             guard,
         } = self;
@@ -113,10 +120,11 @@ impl TraceFile {
             path: path.clone(),
             source,
         };
-        let bytes = std::fs::read(&path).map_err(unwritable)?;
+        let bytes = fs::read(&partial).map_err(unwritable)?;
         let events: Vec<Value> = serde_json::from_slice(&bytes).map_err(malformed)?;
         let text = serde_json::to_vec(&with_tracks(events)).map_err(malformed)?;
-        std::fs::write(&path, text).map_err(unwritable)?;
+        fs::write(&path, text).map_err(unwritable)?;
+        fs::remove_file(&partial).map_err(unwritable)?;
         Ok(path)
     }
 }
@@ -253,7 +261,10 @@ mod tests {
             TraceFile::start(&folder.path().join("second.json")),
             Err(TraceError::AlreadyStarted { .. })
         ));
+        assert!(!path.exists(), "not before it is whole");
         let written = trace.finish().unwrap();
+        let files = std::fs::read_dir(folder.path()).unwrap();
+        assert_eq!(files.count(), 1);
         let events: Vec<Value> = serde_json::from_slice(&std::fs::read(written).unwrap()).unwrap();
 
         let tracks: Vec<&str> = events

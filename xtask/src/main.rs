@@ -79,6 +79,7 @@ fn main() -> ExitCode {
 
 /// Performs `task` in the workspace's root, wherever it was called.
 fn perform(task: Task) -> Result<ExitCode> {
+    let caller = std::env::current_dir().context("finding the folder that this was called in")?;
     std::env::set_current_dir(workspace_root()?).context("entering the workspace's folder")?;
     match task {
         Task::Bench {
@@ -88,7 +89,7 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Bench {
             kernels: false,
             args,
-        } => return bench(&args),
+        } => return bench(&args, &caller),
         Task::Test { args } => test(&args)?,
         Task::Gpu { device } => gpu::gpu(&device)?,
         Task::Ci { skip_tests } => ci::ci(skip_tests)?,
@@ -105,10 +106,11 @@ fn workspace_root() -> Result<PathBuf> {
         .with_context(|| format!("{} has no parent", own.display()))
 }
 
-/// Runs `dsp compare ARGS…` and passes its exit code on.
-fn bench(args: &[OsString]) -> Result<ExitCode> {
+/// Runs `dsp compare ARGS…` where it was called, as paths among them are meant, and passes its exit code on.
+fn bench(args: &[OsString], caller: &Path) -> Result<ExitCode> {
     let dsp = build_dsp()?;
     let status = std::process::Command::new(&dsp)
+        .current_dir(caller)
         .arg("compare")
         .args(args)
         .status()

@@ -4,7 +4,6 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use dsp_bench::compare::{self, Meter};
 use dsp_bench::devices::DeviceChoice;
 use dsp_bench::progress::Progress;
@@ -14,7 +13,7 @@ use dsp_bench::{report, table};
 use dsp_core::Engine;
 use dsp_models::training::Reduce;
 
-use super::{engine, shown, writable};
+use super::{engine, say, shown, writable, write};
 use crate::MEMORY;
 
 #[derive(Debug, clap::Args)]
@@ -56,7 +55,7 @@ pub(crate) struct CompareArgs {
     /// Where the HTML report goes.
     #[arg(long, value_name = "FILE", default_value = "dsp-report.html")]
     report: PathBuf,
-    /// Where the Perfetto trace goes.
+    /// Where the Perfetto trace of the first round goes.
     #[arg(long, value_name = "FILE", default_value = "dsp-trace.json")]
     trace: PathBuf,
 }
@@ -98,30 +97,30 @@ pub(crate) fn run(args: CompareArgs, engine: &Engine) -> anyhow::Result<ExitCode
         .try_for_each(|path| writable(path))?;
     let trace = TraceFile::start(&args.trace)?;
     trace.set_recording(false);
-    let progress = Progress::new(comparer.cases().len() as u64);
+    let progress = Progress::new(comparer.cases().len());
     let comparison = comparer.run(&progress, &TracedMemory { trace: &trace })?;
     progress.finish();
-    // What was measured is shown, whatever becomes of the trace.
+    // What was measured is kept and then shown, whatever becomes of the trace or of whoever reads.
     let trace = trace.finish();
-
-    println!("{}", table::render(&comparison));
-    if engine.sent_bytes().is_some() {
-        println!("{}\n", table::ledgers(&comparison));
-    }
     if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&comparison)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        println!("json:   {}", shown(path));
+        write(path, &serde_json::to_string_pretty(&comparison)?)?;
     }
     let shown_trace = (trace.as_ref().ok()).map(|path| path.display().to_string());
     let page = report::render(&comparison, shown_trace.as_deref())?;
-    std::fs::write(&args.report, page)
-        .with_context(|| format!("cannot write {}", args.report.display()))?;
-    if let Ok(trace) = &trace {
-        println!("trace:  {} (open it at ui.perfetto.dev)", shown(trace));
+    write(&args.report, &page)?;
+
+    say!("{}", table::render(&comparison));
+    if engine.sent_bytes().is_some() {
+        say!("{}\n", table::ledgers(&comparison));
     }
-    println!("report: {}", shown(&args.report));
-    println!("{}", comparison.finding());
+    if let Some(path) = &args.json {
+        say!("json:   {}", shown(path));
+    }
+    if let Ok(trace) = &trace {
+        say!("trace:  {} (open it at ui.perfetto.dev)", shown(trace));
+    }
+    say!("report: {}", shown(&args.report));
+    say!("{}", comparison.finding());
     trace?;
     Ok(match comparison.all_well() {
         true => ExitCode::SUCCESS,

@@ -3,15 +3,15 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use dsp_bench::devices::DeviceChoice;
 use dsp_bench::scenario::Precision;
 use dsp_bench::verify::{self, Record};
 use dsp_core::Engine;
 
-use super::{engine, writable};
+use super::{engine, say, writable, write};
 
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = format())]
 pub(crate) struct VerifyArgs {
     /// The reference files.
     #[arg(required = true)]
@@ -39,6 +39,19 @@ pub(crate) struct VerifyArgs {
 enum Dtype {
     F32,
     F64,
+}
+
+/// What a reference file is.
+fn format() -> String {
+    let kinds: Vec<&str> = verify::kinds().collect();
+    format!(
+        "A reference file is a safetensors file in f32 whose metadata holds its `kind` and the model's configuration. \
+         Kinds:\n  {}\n\n\
+         Tensors are named after what they are: `param.X` is a weight by its original name and `grad.X` its gradient, `dx` the \
+         gradient of an input `x`, `dout` what was fed to the backward pass. What a kind needs and a file lacks is named. \
+         Examples are in dsp-models/tests/fixtures.",
+        kinds.join("\n  ")
+    )
 }
 
 /// Verifies.
@@ -86,16 +99,16 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
         if !engine::shows(engine) {
             continue;
         }
-        println!(
+        say!(
             "{} ({}, tolerance {tolerance:e})",
             file.display(),
             precision.label()
         );
-        println!("{}", verify::tabulate(&found));
+        say!("{}", verify::tabulate(&found));
         for line in verify::refusals(&found) {
-            println!("{line}");
+            say!("{line}");
         }
-        println!();
+        say!();
         records.extend(found);
     }
     if !engine::shows(engine) {
@@ -103,11 +116,10 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
     }
     let (ledgers, equal) = verify::ledgers(&records);
     for line in ledgers {
-        println!("{line}");
+        say!("{line}");
     }
     if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&records)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        write(path, &serde_json::to_string_pretty(&records)?)?;
     }
     let compared = |passed: bool| {
         records
@@ -116,7 +128,7 @@ pub(crate) fn run(args: &VerifyArgs, engine: &Engine) -> anyhow::Result<ExitCode
             .count()
     };
     let (passed, failed) = (compared(true), compared(false));
-    println!("{passed} comparisons within the tolerance, {failed} past it");
+    say!("{passed} comparisons within the tolerance, {failed} past it");
     Ok(match failed {
         0 if equal => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,

@@ -102,6 +102,11 @@ const KINDS: [(&str, Open); 13] = [
     ("stdit3_model", stdit::open_model),
 ];
 
+/// The kinds of files that are known.
+pub fn kinds() -> impl Iterator<Item = &'static str> {
+    KINDS.iter().map(|(kind, _)| *kind)
+}
+
 /// What is verified, and how.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -214,7 +219,7 @@ pub fn verify(
         return Err(ReferenceError::Kind {
             path: path.to_owned(),
             kind: reference.kind().to_owned(),
-            known: KINDS.iter().map(|(kind, _)| *kind).collect(),
+            known: kinds().collect(),
         }
         .into());
     };
