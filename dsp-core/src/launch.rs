@@ -396,6 +396,7 @@ fn collect<T>(
     let mut running = vec![true; ranks];
     let mut source = None;
     let mut last_end: Option<Instant> = None;
+    let mut failed = false;
     loop {
         // Nobody is hurried while all run; once one has ended, the others have a time-out's grace.
         let next = match last_end {
@@ -407,10 +408,11 @@ fn collect<T>(
         let Some((rank, ending)) = next else {
             break;
         };
-        // After a failure the others only wake up and return; else each ending begins a new grace.
-        if last_end.is_none() || world.fate().is_none() {
+        // Each ending begins a new grace, the first after a failure too. From then on the others only wake up and return.
+        if !failed {
             last_end = Some(Instant::now());
         }
+        failed = world.fate().is_some();
         running[rank] = false;
         match ending {
             Ok(value) => values[rank] = Some(value),

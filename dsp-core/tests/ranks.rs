@@ -312,6 +312,24 @@ fn a_rank_that_sleeps_when_nobody_needs_it_any_more_is_named_as_stuck() {
 }
 
 #[test]
+fn a_rank_that_is_busy_when_another_fails_has_a_deadline_from_then_on_to_return() {
+    let failed = Launch::new(3).timeout(DEADLINE).run(|group: Group| {
+        // Rank 2's grace is almost over when rank 1 fails.
+        std::thread::sleep(DEADLINE.mul_f64([0.0, 0.9, 1.4][group.rank()]));
+        match group.rank() {
+            1 => Err("no more data"),
+            _ => Ok(()),
+        }
+    });
+    let failed = failed.unwrap_err();
+    assert!(
+        matches!(failed.root, CommError::Failed { rank: 1, .. }),
+        "{failed}"
+    );
+    assert!(failed.abandoned.is_empty(), "{failed}");
+}
+
+#[test]
 fn a_rank_that_calls_another_collective_is_told_from_the_others() {
     for ranks in 2..=5 {
         let failure = failing(ranks, move |group| {
