@@ -7,6 +7,7 @@ use burn::tensor::Tensor;
 
 use crate::blocks::{Blocks, DIMS};
 use crate::error::{CommError, Tracking};
+use crate::launch::LONGEST_TIMEOUT;
 use crate::layout::MeshAxis;
 use crate::ledger::{Collective, Entry, Ledger, Phase};
 use crate::transport::local::World;
@@ -24,12 +25,12 @@ pub struct Group {
 }
 
 impl Group {
-    /// A group over any transport; every wait ends after `timeout`.
+    /// A group over any transport; every wait ends after `timeout`, or [`LONGEST_TIMEOUT`] if that is shorter.
     pub fn new(transport: Arc<dyn Transport>, timeout: Duration) -> Self {
         Self {
             transport,
             ledger: Arc::new(Ledger::default()),
-            timeout,
+            timeout: timeout.min(LONGEST_TIMEOUT),
         }
     }
 

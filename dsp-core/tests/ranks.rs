@@ -525,6 +525,11 @@ fn the_longest_timeout_is_a_timeout() {
             collective::all_reduce(input(&group, &Device::flex()), &group).map(|x| values(&x))
         });
     assert_eq!(sums.unwrap().len(), 2);
+
+    let mut own = None;
+    let _ = Group::alone().through(|transport| own.insert(transport).clone());
+    let endless = Group::new(own.unwrap(), Duration::MAX);
+    collective::all_reduce(input(&endless, &Device::flex()), &endless).unwrap();
 }
 
 #[test]

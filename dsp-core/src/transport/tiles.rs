@@ -9,8 +9,7 @@
 //!                    └──┴──┘   boxes that land on one place are added, a piece at a time, in rank order
 //! ```
 //!
-//! Memory that is about to be written whole need not be cleared before: this module, and no other of the crate's
-//! transports, holds an `unsafe` for that.
+//! Memory that is about to be written whole need not be cleared before, for which this module holds an `unsafe`.
 
 #![expect(
     unsafe_code,
