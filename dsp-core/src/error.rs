@@ -1,6 +1,7 @@
 //! What can go wrong, with the values that a person needs to mend it.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::time::Duration;
 
 use burn::tensor::{DType, Tensor};
@@ -75,6 +76,43 @@ fn after(last: &Option<Call>) -> String {
     }
 }
 
+/// Where two ranks' partitions of a tensor differ: the part of one rank along one dim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// Whether it is held so before or after the call.
+    pub side: Side,
+    /// The dim.
+    pub dim: usize,
+    /// Whose part, numbered within the group.
+    pub holder: usize,
+    /// What it holds to the rank that noticed.
+    pub own: Vec<Range<usize>>,
+    /// What it holds to the other one.
+    pub other: Vec<Range<usize>>,
+}
+
+/// A side of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Side {
+    /// What ranks held.
+    Before,
+    /// What they get.
+    After,
+}
+
+impl Difference {
+    fn between(&self, rank: usize, other: usize) -> String {
+        let side = match self.side {
+            Side::Before => "before",
+            Side::After => "after",
+        };
+        format!(
+            ": {side} it, the part of the group's rank {} in dim {} is {:?} to rank {rank} and {:?} to rank {other}",
+            self.holder, self.dim, self.own, self.other
+        )
+    }
+}
+
 /// A group of ranks that cannot go on. Every rank of the group returns the same one: the root cause.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum CommError {
@@ -95,7 +133,8 @@ pub enum CommError {
     },
     /// Two ranks agree on the call, but not on which rank holds what.
     #[error(
-        "the ranks diverged: rank {rank} and rank {other} both called {call}, but with different partitions"
+        "the ranks diverged: rank {rank} and rank {other} both called {call}, but with different partitions{}",
+        difference.as_ref().map_or_else(String::new, |found| found.between(*rank, *other))
     )]
     Partitions {
         /// The rank that noticed.
@@ -104,6 +143,8 @@ pub enum CommError {
         call: Call,
         /// The rank whose partition is another.
         other: usize,
+        /// Where they differ first; unknown where ranks are processes, which compare digests.
+        difference: Option<Box<Difference>>,
     },
     /// A rank's block has another shape than the call says.
     #[error(

@@ -545,9 +545,39 @@ fn a_rank_with_another_partition_of_the_same_length_is_found() {
             let x = Tensor::<1>::zeros([2], &Device::flex());
             collective::all_gather(x, 0, &partition, group).map(|_| ())
         });
-        let CommError::Partitions { rank, other, call } = root else {
+        let text = root.to_string();
+        let CommError::Partitions {
+            rank,
+            other,
+            call,
+            difference,
+        } = root
+        else {
             panic!("{root}")
         };
+        // Of rank 1's part; processes compare digests.
+        if let Some(found) = &difference {
+            let [zigzag, balanced] = [
+                Partition::zigzag(2 * ranks, ranks),
+                Partition::balanced(2 * ranks, ranks),
+            ];
+            let (own, others) = match rank {
+                1 => (zigzag, balanced),
+                _ => (balanced, zigzag),
+            };
+            let holder = found.holder;
+            assert_eq!(found.own, own.ranges(holder));
+            assert_eq!(found.other, others.ranges(holder));
+            assert_ne!(found.own, found.other);
+            assert!(
+                text.contains(&format!("{:?} to rank {other}", found.other)),
+                "{text}"
+            );
+        }
+        assert_eq!(
+            difference.is_some(),
+            matches!(engine(ranks), Engine::Threads)
+        );
         assert!(rank == 1 || other == 1);
         assert_eq!((call.collective, call.sequence), (Collective::AllGather, 0));
     }

@@ -19,7 +19,7 @@ use super::position::{GroupId, Position};
 use super::waits::{self, Wait};
 use super::{Arrival, Exchange, Pending, Transport};
 use crate::blocks::{Blocks, DIMS, Transfer};
-use crate::error::{Call, CommError};
+use crate::error::{Call, CommError, Difference, Side};
 
 /// What the ranks of one launch share.
 #[derive(Debug)]
@@ -256,13 +256,36 @@ impl LocalTransport {
             });
         }
         (mine.before != theirs.before || mine.after != theirs.after).then(|| {
+            let sides = [
+                (Side::Before, &mine.before, &theirs.before),
+                (Side::After, &mine.after, &theirs.after),
+            ];
             CommError::Partitions {
                 rank,
                 call: mine.call.clone(),
                 other,
+                difference: (sides.into_iter())
+                    .find_map(|(side, own, other)| difference(side, own, other))
+                    .map(Box::new),
             }
         })
     }
+}
+
+/// The first part that is another one.
+fn difference(side: Side, own: &Blocks, other: &Blocks) -> Option<Difference> {
+    let ranks = own.ranks().min(other.ranks());
+    let parts = (0..DIMS).flat_map(|dim| (0..ranks).map(move |holder| (dim, holder)));
+    let part = |blocks: &Blocks, (dim, holder)| blocks.dim(dim).ranges(holder).to_vec();
+    let differs = |&at: &(usize, usize)| part(own, at) != part(other, at);
+    let at @ (dim, holder) = parts.into_iter().find(differs)?;
+    Some(Difference {
+        side,
+        dim,
+        holder,
+        own: part(own, at),
+        other: part(other, at),
+    })
 }
 
 struct LocalPending {

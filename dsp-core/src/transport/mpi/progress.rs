@@ -912,6 +912,11 @@ impl Own {
                 other_call: theirs.call.clone(),
             });
         }
-        (self.digest != theirs.digest).then_some(CommError::Partitions { rank, call, other })
+        (self.digest != theirs.digest).then_some(CommError::Partitions {
+            rank,
+            call,
+            other,
+            difference: None,
+        })
     }
 }

@@ -350,7 +350,12 @@ fn disagreement(
             other_call: theirs.call.clone(),
         });
     }
-    (mine.blocks != theirs.blocks).then_some(CommError::Partitions { rank, call, other })
+    (mine.blocks != theirs.blocks).then_some(CommError::Partitions {
+        rank,
+        call,
+        other,
+        difference: None,
+    })
 }
 
 #[cfg(test)]
