@@ -181,6 +181,9 @@ fn a_training_whose_process_is_killed_goes_on_with_the_curve_it_would_have_had()
 
 #[cfg(feature = "mpi")]
 mod on_mpi {
+    use burn::tensor::Device;
+    use dsp_core::{CommError, Engine, Launch};
+
     use super::*;
 
     const MPI: [&str; 6] = [
@@ -245,8 +248,66 @@ mod on_mpi {
             said.push('\n');
         }
         assert!(!job.wait().unwrap().success(), "{said}");
-        assert!(said.contains("failed first"), "{said}");
+        assert!(
+            said.contains("failed first") || said.contains("mpirun failed"),
+            "{said}"
+        );
         assert!(start.elapsed() < Duration::from_secs(120), "{said}");
+    }
+
+    /// The seconds for which rank 0 of [`one_of_three`] is busy.
+    const BUSY: &str = "DSP_TEST_BUSY_SECONDS";
+
+    const DEADLINE: Duration = Duration::from_secs(4);
+
+    #[test]
+    #[ignore = "one of the processes of the test below"]
+    fn one_of_three() {
+        let busy: u64 = std::env::var(BUSY).unwrap().parse().unwrap();
+        let mpi = dsp_core::transport::mpi::Mpi::start().unwrap();
+        let launch = Launch::new(3).timeout(DEADLINE).on(&Engine::Mpi(mpi));
+        let failed = launch.run(move |group| match group.rank() {
+            0 => {
+                std::thread::sleep(Duration::from_secs(busy));
+                println!("rank 0 has written its checkpoint");
+                dsp_core::share::share(&(), &Device::flex(), &group)
+                    .map_err(|error| error.to_string())
+            }
+            1 => Err("no more data".to_owned()),
+            _ => dsp_core::share::share(&(), &Device::flex(), &group)
+                .map_err(|error| error.to_string()),
+        });
+        let root = failed.unwrap_err().root;
+        assert!(matches!(root, CommError::Failed { rank: 1, .. }), "{root}");
+    }
+
+    #[test]
+    fn who_is_busy_when_another_rank_fails_has_a_deadline_to_end_by_itself() {
+        let run = |busy: u64| {
+            let mut mpirun = Command::new("mpirun");
+            mpirun.args(["-n", "3", "--oversubscribe", "--allow-run-as-root"]);
+            mpirun.arg(std::env::current_exe().unwrap());
+            mpirun.args([
+                "--ignored",
+                "--nocapture",
+                "--exact",
+                "on_mpi::one_of_three",
+            ]);
+            let output = mpirun.env(BUSY, busy.to_string()).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            (output.status.success(), said)
+        };
+        let (all_ended, said) = run(2);
+        assert!(said.contains("has written"), "{said}");
+        assert!(all_ended, "{said}");
+        // Nobody waits for ever.
+        let start = Instant::now();
+        let (all_ended, said) = run(60);
+        assert!(!all_ended && !said.contains("has written"), "{said}");
+        assert!(
+            start.elapsed() < DEADLINE + Duration::from_secs(5),
+            "{said}"
+        );
     }
 
     #[test]

@@ -37,9 +37,13 @@ const TURN: Duration = Duration::from_millis(500);
 /// How long it is listened to who else waits, before the one that is missing is named.
 const HEARING: Duration = Duration::from_millis(300);
 
-/// How long a process waits at its end for the others to end too: where the last launch failed, and else.
-const FAREWELL_IN_FAILURE: Duration = Duration::from_secs(1);
+/// How long a process waits at its end for the others to end too. Where the last launch failed, it waits no longer than
+/// that one's time-out, and only as long as one of those that it waits for says that it is there.
 const FAREWELL: Duration = Duration::from_secs(600);
+
+/// After how long a process that is asked whether it is there, and does not answer, is not; and how often it is asked.
+const SILENCE: Duration = Duration::from_secs(1);
+const QUESTION: Duration = Duration::from_millis(200);
 
 /// The most that the thread sleeps while something is under way.
 const LONGEST_NAP: Duration = Duration::from_micros(200);
@@ -183,8 +187,10 @@ pub(super) struct Progress<'s, 'env> {
     /// Control messages of launches that have not begun here.
     ahead: Vec<(usize, Envelope)>,
     farewells: Vec<bool>,
-    /// Whether the last launch failed.
-    failed: bool,
+    /// When each process was heard last.
+    heard: Vec<Instant>,
+    /// The time-out of the last launch, if it failed.
+    failed: Option<Duration>,
 }
 
 impl<'s, 'env> Progress<'s, 'env> {
@@ -209,7 +215,8 @@ impl<'s, 'env> Progress<'s, 'env> {
             next_tag: DATA_TAGS.start,
             ahead: Vec::new(),
             farewells: vec![false; size],
-            failed: false,
+            heard: vec![Instant::now(); size],
+            failed: None,
         }
     }
 
@@ -217,6 +224,7 @@ impl<'s, 'env> Progress<'s, 'env> {
     pub(super) fn run(mut self) {
         let mut quiet = 0;
         let mut stopping: Option<Instant> = None;
+        let mut asked = Instant::now();
         loop {
             self.pulse.fetch_add(1, Ordering::Relaxed);
             let moved = match self.turn(&mut stopping) {
@@ -229,12 +237,8 @@ impl<'s, 'env> Progress<'s, 'env> {
                 if alone && self.flights.is_empty() {
                     return;
                 }
-                let patience = match self.failed {
-                    true => FAREWELL_IN_FAILURE,
-                    false => FAREWELL,
-                };
-                if since.elapsed() > patience {
-                    self.die("not all processes are there to end it together");
+                if let Err(error) = self.linger(since, &mut asked) {
+                    self.broken(&error);
                 }
             }
             quiet = if moved { 0 } else { quiet + 1 };
@@ -248,6 +252,33 @@ impl<'s, 'env> Progress<'s, 'env> {
                 std::thread::yield_now();
             }
         }
+    }
+
+    /// Waits for the others to end too. After a failure, who was killed or stopped never will; who computes, or writes a
+    /// checkpoint, hears of the failure when it is done with that, and until then says that it is there.
+    fn linger(&mut self, since: Instant, asked: &mut Instant) -> ferrompi::Result<()> {
+        let now = Instant::now();
+        let alone = self.farewells.iter().all(|&said| said);
+        let patience = self.failed.unwrap_or(FAREWELL).min(FAREWELL);
+        let silent = |rank: usize| now.duration_since(self.heard[rank].max(since)) > SILENCE;
+        // Of those that have said farewell something may be on its way still.
+        let deserted = self.failed.is_some()
+            && (0..self.size).all(|rank| (self.farewells[rank] && !alone) || silent(rank));
+        if deserted || now - since > patience {
+            self.die("not all processes are there to end it together");
+        }
+        if self.failed.is_some() && now.duration_since(*asked) > QUESTION {
+            *asked = now;
+            let launch = u64::MAX;
+            for to in (0..self.size)
+                .filter(|&to| !self.farewells[to])
+                .collect::<Vec<_>>()
+            {
+                let message = Message::Bye;
+                self.tell(to, Envelope { launch, message })?;
+            }
+        }
+        Ok(())
     }
 
     /// Sleeps for a moment, or until the rank asks for something.
@@ -352,8 +383,8 @@ impl<'s, 'env> Progress<'s, 'env> {
             Command::Stop => {
                 *stopping = Some(Instant::now());
                 // A launch that was never finished has been left by a panic.
-                let left = (self.launches.values()).any(|state| !state.done);
-                self.failed |= left;
+                let left = (self.launches.values()).filter(|state| !state.done);
+                self.failed = left.map(|state| state.timeout).max().or(self.failed);
                 self.tell_all(u64::MAX, || Message::Bye)?;
             }
         }
@@ -688,10 +719,10 @@ impl<'s, 'env> Progress<'s, 'env> {
 
     /// The launch has failed: everybody who waits here hears it.
     fn fate(&mut self, launch: u64, cause: CommError) {
-        self.failed = true;
         let Some(state) = self.launches.get_mut(&launch) else {
             return;
         };
+        self.failed = Some(state.timeout);
         let fate = state.fate.get_or_init(|| cause).clone();
         if state.done {
             return;
@@ -721,9 +752,19 @@ impl<'s, 'env> Progress<'s, 'env> {
 
     fn hear(&mut self, from: usize, envelope: Envelope) -> ferrompi::Result<()> {
         let Envelope { launch, message } = envelope;
-        if let Message::Bye = message {
-            self.farewells[from] = true;
-            return Ok(());
+        self.heard[from] = Instant::now();
+        match message {
+            Message::Bye => {
+                self.farewells[from] = true;
+                // Who ends itself has said so instead.
+                if !self.farewells[self.rank] {
+                    let message = Message::Here;
+                    self.tell(from, Envelope { launch, message })?;
+                }
+                return Ok(());
+            }
+            Message::Here => return Ok(()),
+            _ => {}
         }
         if !self.launches.contains_key(&launch) {
             let latest = self.launches.keys().next_back();
@@ -758,9 +799,9 @@ impl<'s, 'env> Progress<'s, 'env> {
                 if let Some(answer) = state.finishing.take() {
                     let _ = answer.send(Ok(()));
                 }
-                self.failed = false;
+                self.failed = None;
             }
-            Message::Bye => {}
+            Message::Bye | Message::Here => {}
         }
         Ok(())
     }

@@ -55,8 +55,10 @@ pub(super) enum Message {
     Balanced,
     /// The launch has succeeded.
     Done,
-    /// The sender's process ends.
+    /// The sender's process ends; said again to those that have not said so themselves.
     Bye,
+    /// The sender's process has heard that, and does not end yet.
+    Here,
 }
 
 /// What a rank says when it enters an exchange.
