@@ -503,6 +503,11 @@ struct Worker<M> {
     entries: HashMap<(u64, Key), Entry>,
     /// Those that may be made as soon as the mover has joined the others.
     ready: VecDeque<(u64, Key)>,
+    /// How the mover failed, as long as no launch has failed with it: where its launch was over already, nobody else knows,
+    /// and the others' movers have not left.
+    broken: Option<CommError>,
+    /// The last launch that was begun here.
+    latest: u64,
 }
 
 impl<M: Mover> Worker<M> {
@@ -512,6 +517,8 @@ impl<M: Mover> Worker<M> {
             shared,
             entries: HashMap::new(),
             ready: VecDeque::new(),
+            broken: None,
+            latest: 0,
         }
     }
 
@@ -538,6 +545,10 @@ impl<M: Mover> Worker<M> {
 
     /// Rank 0 names the meeting, where one is needed: all processes find that alike.
     fn open(&mut self, launch: u64) {
+        self.latest = launch;
+        if let Some(cause) = self.broken.clone() {
+            return self.shared.say(Said::Failed { launch, cause });
+        }
         if self.shared.rank > 0 || self.mover.joined() {
             return;
         }
@@ -605,17 +616,21 @@ impl<M: Mover> Worker<M> {
         }
     }
 
-    fn failed(&self, launch: u64, message: &str) {
+    fn failed(&mut self, launch: u64, message: &str) {
         let cause = CommError::Engine {
             rank: self.shared.rank,
             message: message.to_owned(),
         };
+        self.broken = Some(cause.clone());
+        // A launch after which another one has begun is over.
+        let launch = launch.max(self.latest);
         self.shared.say(Said::Failed { launch, cause });
     }
 
     /// A launch has failed: what is under way ends, and everybody who waits hears why.
     fn fate(&mut self, launch: u64) {
         self.mover.abort();
+        self.broken = None;
         self.ready.retain(|(of, _)| *of != launch);
         let fate = self.shared.fate(launch);
         let (over, others) = std::mem::take(&mut self.entries)
@@ -993,6 +1008,46 @@ mod tests {
         let expected = ["joins [0]", "moves 8", "moves 16", "moves 32", "leaves"];
         for ((), notes) in outcomes {
             assert_eq!(notes, expected);
+        }
+    }
+
+    #[test]
+    fn a_mover_that_fails_when_its_launch_has_ended_fails_the_next_one_with_what_happened() {
+        static BUSY: AtomicBool = AtomicBool::new(true);
+        let make: Make = |rank, boxes, _| {
+            if rank == 0 || boxes.sent_bytes() != 5 {
+                return Ok(());
+            }
+            wait_while(|| BUSY.load(Ordering::Relaxed));
+            Err(NcclError::Call {
+                call: "ncclSend",
+                message: "unhandled system error".to_owned(),
+            })
+        };
+        let outcomes = run(2, make, |process| {
+            let both = Announcement::of(&[0, 1], 3);
+            let job = process.open(2, TIMEOUT);
+            let _unawaited = job.enter(both.clone(), Boxes::noted(5));
+            job.finish(vec![]).unwrap();
+            if process.rank() == 1 {
+                BUSY.store(false, Ordering::Relaxed);
+            }
+            let job = process.open(2, TIMEOUT);
+            let failed = exchange_once(&job, both.clone(), soon());
+            let job = process.open(2, TIMEOUT);
+            assert_eq!(exchange_once(&job, both, soon()), None);
+            failed
+        });
+        for (failed, notes) in &outcomes {
+            let Some(CommError::Engine { rank: 1, message }) = failed else {
+                panic!("{failed:?}");
+            };
+            assert!(
+                message.contains("#3") && message.contains("ncclSend failed"),
+                "{message}"
+            );
+            let joins = notes.iter().filter(|note| note.starts_with("joins"));
+            assert_eq!(joins.count(), 2, "{notes:?}");
         }
     }
 
