@@ -136,6 +136,8 @@ pub(super) struct Training {
     words: Vec<OsString>,
     /// The words that name the mesh; none where the run itself has one of the job's ranks.
     mesh: Vec<OsString>,
+    /// What each rank does when the run has begun, but for the mesh.
+    on: Vec<OsString>,
     /// Where the run goes.
     folder: PathBuf,
     /// What the run begins by removing, the last of it: a checkpoint later than the one that it is to go on from.
@@ -184,7 +186,7 @@ impl Training {
     /// The one that a job is, if it is one.
     ///
     /// # Errors
-    /// [`LauncherError::Words`] or [`LauncherError::Run`], which each rank would end with.
+    /// [`LauncherError::Words`], [`LauncherError::Run`] or [`LauncherError::Taken`], which each rank would end with.
     pub(super) fn of(job: &Job) -> Result<Option<Self>, LauncherError> {
         if job.arguments.first().is_none_or(|word| word != "train") {
             return Ok(None);
@@ -201,10 +203,22 @@ impl Training {
             remove(&mut words, option);
         }
         let folder = train.folder(&run);
+        let on = match &train.resume {
+            // What is said beside it may not have been written into the folder yet.
+            Some(_) => {
+                let mut on = words.clone();
+                remove(&mut on, "--from-step");
+                on
+            }
+            // Or it would be gone on with after the ranks have been refused: another one's run.
+            None if has_checkpoint(&folder) => return Err(LauncherError::Taken { folder }),
+            None => vec!["train".into(), "--resume".into(), folder.clone().into()],
+        };
         let stale = train.from_step.and_then(|step| Stale::after(step, &folder));
         Ok(Some(Self {
             words,
             mesh,
+            on,
             folder,
             stale,
         }))
@@ -225,11 +239,7 @@ impl Training {
         // A run that failed before it had removed what is later than its beginning goes on from there, not from that.
         let has_begun = !self.stale.as_ref().is_some_and(Stale::stands);
         let words = match has_begun && has_checkpoint(&self.folder) {
-            true => vec![
-                "train".into(),
-                "--resume".into(),
-                self.folder.clone().into(),
-            ],
+            true => self.on.clone(),
             false => self.words.clone(),
         };
         [words, mesh].concat()
@@ -401,6 +411,59 @@ mod tests {
         assert_eq!(fewer, expected.map(OsString::from));
     }
 
+    #[test]
+    fn a_run_that_is_gone_on_with_differently_is_so_after_a_failure_too() {
+        let (folder, store) = run_of_steps(&[5, 10]);
+        let out = folder.path().to_str().unwrap();
+        let words = [
+            "train",
+            "--resume",
+            out,
+            "--strategy=dsp",
+            "--seed",
+            "7",
+            "--set",
+            "keep=9",
+        ];
+        let job = job(&[&words[..], &["--from-step=5"]].concat(), 2);
+        let training = training(&job);
+        assert_eq!(training.again(&job, 2), training.first());
+        store.forget_after(5).unwrap();
+        assert_eq!(training.again(&job, 2), words.map(OsString::from));
+    }
+
+    #[test]
+    fn a_folder_that_holds_another_run_is_refused_before_a_rank_is_started() {
+        let (folder, _store) = run_of_steps(&[5]);
+        let out = folder.path().to_str().unwrap();
+        let taken = Training::of(&job(&["train", "--model", "lm", "--out", out], 2));
+        let error = taken.unwrap_err().to_string();
+        assert!(error.contains(out) && error.contains("--resume"), "{error}");
+    }
+
+    #[test]
+    fn the_jobs_ranks_are_more_than_what_is_set() {
+        let arguments = ["train", "--model", "lm", "--set", "mesh.sp=4"];
+        let job = job(&arguments, 2);
+        let training = training(&job);
+        for (words, ranks) in [(training.first(), 2), (training.again(&job, 1), 1)] {
+            let Words { train } = Words::try_parse_from(words).unwrap();
+            assert_eq!(train.run().unwrap().mesh.ranks(), ranks);
+        }
+    }
+
+    /// A folder of a language model's run with a checkpoint of each step.
+    fn run_of_steps(steps: &[u64]) -> (tempfile::TempDir, Store) {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunConfig::of_model(ModelKind::Lm).unwrap();
+        std::fs::write(folder.path().join("config.toml"), run.to_toml().unwrap()).unwrap();
+        let store = Store::open(folder.path().join(CHECKPOINTS)).unwrap();
+        for &step in steps {
+            save(&store, step);
+        }
+        (folder, store)
+    }
+
     fn save(store: &Store, step: u64) {
         let all = NonZeroUsize::new(usize::MAX).unwrap();
         store.save(step, &[("a", vec![1_u8])], all).unwrap();
@@ -408,13 +471,7 @@ mod tests {
 
     #[test]
     fn a_run_that_failed_before_it_went_back_goes_back_and_not_on_from_what_it_was_to_remove() {
-        let folder = tempfile::tempdir().unwrap();
-        let run = RunConfig::of_model(ModelKind::Lm).unwrap();
-        std::fs::write(folder.path().join("config.toml"), run.to_toml().unwrap()).unwrap();
-        let store = Store::open(folder.path().join(CHECKPOINTS)).unwrap();
-        for step in [5, 10, 15] {
-            save(&store, step);
-        }
+        let (folder, store) = run_of_steps(&[5, 10, 15]);
         let out = folder.path().to_str().unwrap();
         let job = job(&["train", "--resume", out, "--from-step", "5"], 2);
         let training = training(&job);

@@ -88,6 +88,15 @@ pub enum LauncherError {
     /// A training that cannot be.
     #[error(transparent)]
     Run(#[from] RunConfigError),
+    /// A training that begins where another one's checkpoints are.
+    #[error(
+        "{}: holds a run already; go on with it by --resume {}, or name another folder by --out",
+        folder.display(), folder.display()
+    )]
+    Taken {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// A rank that cannot be asked how it is.
     #[error("waiting for a rank: {0}")]
     Wait(#[source] std::io::Error),

@@ -111,16 +111,17 @@ impl TrainArgs {
         changes.extend((self.strategy.clone()).map(|name| change("strategy", name.into())));
         changes.extend((self.watch.clone()).map(|what| change("watch", what.into())));
         changes.extend(device.map(|device| change("device", device.into())));
-        changes.extend(self.mesh().into_iter().flat_map(|mesh| {
-            [("mesh.sp", mesh.sp), ("mesh.dp", mesh.dp)]
-                .map(|(key, size)| change(key, number(size as u64)))
-        }));
         changes.extend(
             self.steps
                 .map(|steps| change("training.steps", number(steps))),
         );
         changes.extend(self.seed.map(|seed| change("training.seed", number(seed))));
         changes.extend(self.set.iter().cloned());
+        // Last, for whoever starts the ranks says the mesh so.
+        changes.extend(self.mesh().into_iter().flat_map(|mesh| {
+            [("mesh.sp", mesh.sp), ("mesh.dp", mesh.dp)]
+                .map(|(key, size)| change(key, number(size as u64)))
+        }));
         changes
     }
 }
