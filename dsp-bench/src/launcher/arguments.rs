@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::SystemTime;
 
 use clap::Parser;
@@ -26,6 +27,23 @@ pub struct Place {
     pub local: usize,
 }
 
+/// How a program says where a process that it started stands: rank, size, and rank on the machine.
+type Names = [&'static str; 3];
+
+/// As launchers like this one say it.
+const OWN: Names = ["RANK", "WORLD_SIZE", "LOCAL_RANK"];
+
+/// As MPI, those that it is built on, and Slurm do.
+const OTHERS: [Names; 3] = [
+    [
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ],
+    ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
+    ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"],
+];
+
 /// Where the first rank listens, for those engines that need to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Master {
@@ -40,34 +58,34 @@ impl Environment {
             Some((name.into_string().ok()?, value.into_string().ok()?))
         };
         let known = |name: &str| {
-            ["OMPI_", "PMI", "SLURM_", "MASTER_"]
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-                || ["RANK", "WORLD_SIZE", "LOCAL_RANK"].contains(&name)
+            name.starts_with("MASTER_")
+                || OWN.contains(&name)
+                || OTHERS.as_flattened().contains(&name)
         };
         let kept = variables.into_iter().filter_map(text);
         Self(kept.filter(|(name, _)| known(name)).collect())
     }
 
-    fn number(&self, names: &[&str]) -> Option<usize> {
-        names
-            .iter()
-            .find_map(|name| self.0.get(*name)?.parse().ok())
+    fn number(&self, name: &str) -> Option<usize> {
+        self.0.get(name)?.parse().ok()
     }
 
-    /// Where the program that started this process says it stands: MPI's, Slurm's, or a launcher's variables.
+    /// Where the program that started this process says it stands: a launcher's variables, MPI's, or Slurm's.
+    ///
+    /// Who says all three by a launcher's names means this process: what MPI and Slurm say may be of a process that it is
+    /// in, of a batch script or of the launcher (`srun torchrun`).
     pub fn own_place(&self) -> Option<Place> {
-        let rank = ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "RANK"];
-        let size = [
-            "OMPI_COMM_WORLD_SIZE",
-            "PMI_SIZE",
-            "SLURM_NTASKS",
-            "WORLD_SIZE",
-        ];
-        let local = ["OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "LOCAL_RANK"];
-        let (rank, size) = (rank.iter().zip(size))
-            .find_map(|(&rank, size)| Some((self.number(&[rank])?, self.number(&[size])?)))?;
-        let local = self.number(&local).unwrap_or(rank);
+        let of = |[rank, size, local]: Names| {
+            let (rank, size) = (self.number(rank)?, self.number(size)?);
+            Some((rank, size, self.number(local)))
+        };
+        if let Some((rank, size, Some(local))) = of(OWN) {
+            return Some(Place { rank, size, local });
+        }
+        let (rank, size, local) = OTHERS.into_iter().chain([OWN]).find_map(of)?;
+        // PMI by itself does not say it, Slurm beside it does.
+        let any = || OTHERS.iter().find_map(|[.., local]| self.number(local));
+        let local = local.or_else(any).unwrap_or(rank);
         Some(Place { rank, size, local })
     }
 
@@ -85,18 +103,14 @@ impl Environment {
         })
     }
 
-    /// Where the first rank is: as it was said, on Slurm's first machine, or here.
+    /// Where the first rank is: as it was said, or here, where this process is to start it.
     pub(super) fn master(&self) -> Master {
-        let given = |names: &[&str]| names.iter().find_map(|name| self.0.get(*name).cloned());
+        let given = |name| self.0.get(name).cloned();
         Master {
-            address: given(&["MASTER_ADDR", "SLURM_LAUNCH_NODE_IPADDR"])
-                .unwrap_or_else(|| "127.0.0.1".to_owned()),
-            port: given(&["MASTER_PORT"]).unwrap_or_else(|| {
-                // Another for each job of a machine, and the same for a job's ranks.
-                let job = self.number(&["SLURM_JOB_ID"]);
-                let job = job.unwrap_or(std::process::id() as usize);
-                (20_000 + job % 10_000).to_string()
-            }),
+            address: given("MASTER_ADDR").unwrap_or_else(|| "127.0.0.1".to_owned()),
+            // Another for each launcher of a machine: a Slurm job may have several.
+            port: given("MASTER_PORT")
+                .unwrap_or_else(|| (20_000 + std::process::id() % 10_000).to_string()),
         }
     }
 }
@@ -110,13 +124,24 @@ impl Place {
     };
 
     /// The variables that name it, as other launchers do.
-    pub(super) fn variables(&self, master: &Master) -> Vec<(&'static str, String)> {
-        let own = [
-            ("RANK", self.rank.to_string()),
-            ("WORLD_SIZE", self.size.to_string()),
-            ("LOCAL_RANK", self.local.to_string()),
-        ];
-        own.into_iter().chain(master.variables()).collect()
+    pub(super) fn variables(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let values = [self.rank, self.size, self.local];
+        OWN.into_iter().zip(values.map(|number| number.to_string()))
+    }
+
+    /// Tells a process of this place and of no other one, where the launcher itself may be in an allocation or under MPI.
+    pub(super) fn tell(&self, command: &mut Command) {
+        for name in OTHERS.as_flattened() {
+            command.env_remove(name);
+        }
+        command.envs(self.variables());
+    }
+
+    /// Tells a process of none of a launcher's: what it starts is told by MPI.
+    pub(super) fn untell(command: &mut Command) {
+        for name in OWN {
+            command.env_remove(name);
+        }
     }
 }
 
@@ -322,6 +347,16 @@ mod tests {
         assert_eq!(environment(&slurm).own_place(), place(3, 4, 1));
         let other = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")];
         assert_eq!(environment(&other).own_place(), place(2, 4, 0));
+        let pmi = [("PMI_RANK", "3"), ("PMI_SIZE", "4"), ("SLURM_LOCALID", "1")];
+        assert_eq!(environment(&pmi).own_place(), place(3, 4, 1));
+        assert_eq!(environment(&other[..2]).own_place(), place(2, 4, 2));
+        // In an allocation, or as `srun torchrun` does it: the innermost says all.
+        for outer in [&slurm[..], &mpi] {
+            let inner = environment(&[outer, &other].concat());
+            assert_eq!(inner.own_place(), place(2, 4, 0));
+            let half = environment(&[outer, &other[..2]].concat());
+            assert_eq!(half.own_place(), environment(outer).own_place());
+        }
         assert_eq!(environment(&[("HOME", "/")]).own_place(), None);
     }
 
@@ -330,6 +365,14 @@ mod tests {
         let given = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "1234")];
         let variables = environment(&given).master().variables();
         assert_eq!(variables.map(|(_, value)| value), ["node7", "1234"]);
+        // Two launchers of one Slurm job meet at different ports, each on its machine.
+        let slurm = [
+            ("SLURM_JOB_ID", "1234"),
+            ("SLURM_LAUNCH_NODE_IPADDR", "10.0.0.9"),
+        ];
+        let own = (20_000 + std::process::id() % 10_000).to_string();
+        let [(_, address), (_, port)] = environment(&slurm).master().variables();
+        assert_eq!((&*address, port), ("127.0.0.1", own));
     }
 
     #[test]

@@ -304,15 +304,16 @@ fn commands(
     match job.transport {
         TransportKind::Local => {
             let mut command = Command::new(&job.program);
-            command.args(arguments);
-            command.envs(place(0).variables(&master));
+            command.args(arguments).envs(master.variables());
+            place(0).tell(&mut command);
             vec![(Some(0), command)]
         }
         TransportKind::Nccl => (0..ranks)
             .map(|rank| {
                 let mut command = Command::new(&job.program);
                 command.args(["--transport", "nccl"]).args(arguments);
-                command.envs(place(rank).variables(&master));
+                command.envs(master.variables());
+                place(rank).tell(&mut command);
                 (Some(rank), command)
             })
             .collect(),
@@ -325,7 +326,7 @@ fn commands(
             // Bound to a core each, as `mpirun` has it by default, ranks could use no other one, and each would share
             // its own with its communication thread. `--bind-to` says otherwise.
             command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
-            command.envs(master.variables());
+            Place::untell(&mut command);
             let program = command.arg(&job.program);
             program.arg("rank").arg("--").args(arguments);
             // What `mpirun` starts names its ranks itself.
@@ -387,5 +388,15 @@ mod tests {
             (Some(1), ["1", "1", "2", "1234"]),
         ];
         assert_eq!(told, expected);
+        // What a batch script or `mpirun` around the launcher says of it is not true of them.
+        for (_, command) in &started {
+            for name in ["SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK"] {
+                assert!(
+                    command
+                        .get_envs()
+                        .any(|(other, value)| other == name && value.is_none())
+                );
+            }
+        }
     }
 }

@@ -166,7 +166,7 @@ pub fn run_rank(
     let rank = place.rank;
     let mut command = Command::new(program);
     command.args(["--transport", "mpi"]).args(arguments);
-    command.envs(place.variables(&environment.master()));
+    command.envs(place.variables());
     let mut child = spawn(&mut command)?;
     say(rank, "error", &format!("is process {}", child.id()));
     let (running, runs) = mpsc::channel::<()>();
