@@ -25,6 +25,8 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use dsp_core::launch::LONGEST_TIMEOUT;
+
 use arguments::Training;
 pub use arguments::{Environment, Place};
 pub use process::{TIED, die_with_parent, run_rank};
@@ -109,7 +111,7 @@ fn hint(program: &str) -> &'static str {
     }
 }
 
-/// How often the processes are looked at while they are quiet.
+/// How often the processes are looked at.
 const GLANCE: Duration = Duration::from_millis(50);
 
 /// How long a rank of which its shim speaks may say nothing. What ends them both, or their machine, may leave `mpirun`
@@ -118,6 +120,9 @@ const SILENT: Duration = Duration::from_secs(30);
 
 /// The exit code of a rank that is silent for too long.
 const GONE: i32 = 72;
+
+/// Exit codes above are of a process that a signal ended.
+const SIGNALLED: i32 = 128;
 
 /// How long what was said last is waited for.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -131,6 +136,25 @@ enum Event {
     Alive(usize),
     /// A shim says that its rank ended, with this exit code.
     Ended(usize, i32),
+}
+
+/// What failed first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Failure {
+    /// A rank, or else what started all of them.
+    rank: Option<usize>,
+    /// Its exit code.
+    code: i32,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.rank {
+            Some(rank) => write!(f, "rank {rank} failed first")?,
+            None => write!(f, "mpirun failed")?,
+        }
+        write!(f, ", with exit code {}", self.code)
+    }
 }
 
 /// Where a line was written.
@@ -160,12 +184,12 @@ pub fn run(job: &Job, environment: &Environment) -> Result<i32, LauncherError> {
     let mut ranks = job.ranks;
     for attempt in 0.. {
         let failed = run_once(job, ranks, &arguments, environment)?;
-        let Some((rank, code)) = failed else {
+        let Some(failure) = failed else {
             return Ok(0);
         };
-        say(&format!("rank {rank} failed first, with exit code {code}"));
+        say(&failure.to_string());
         let Some(training) = training.as_ref().filter(|_| attempt < job.restarts) else {
-            return Ok(code);
+            return Ok(failure.code);
         };
         ranks = ranks.saturating_sub(job.fewer).max(1);
         arguments = training.again(job, ranks);
@@ -192,13 +216,13 @@ fn say(text: &str) {
     eprintln!("[launch] {text}");
 }
 
-/// One attempt: the first rank that failed, with its exit code.
+/// One attempt: what failed first.
 fn run_once(
     job: &Job,
     ranks: usize,
     arguments: &[OsString],
     environment: &Environment,
-) -> Result<Option<(usize, i32)>, LauncherError> {
+) -> Result<Option<Failure>, LauncherError> {
     let (events, happens) = mpsc::channel();
     let mut started = Vec::new();
     let commands = commands(job, ranks, arguments, environment);
@@ -221,21 +245,23 @@ fn run_once(
 /// Shows what happens until all processes have ended, or the grace after the first failure is over.
 fn watch(
     happens: &Receiver<Event>,
-    started: &mut [(usize, Child)],
+    started: &mut [(Option<usize>, Child)],
     grace: Duration,
     mut silence: Silence,
-) -> Result<Option<(usize, i32)>, LauncherError> {
-    let mut first: Option<(usize, i32)> = None;
+) -> Result<Option<Failure>, LauncherError> {
+    let grace = grace.min(LONGEST_TIMEOUT);
+    let mut first: Option<Failure> = None;
     let mut until: Option<Instant> = None;
     let mut note = |rank, code| {
         if code != 0 && first.is_none() {
-            first = Some((rank, code));
+            first = Some(Failure { rank, code });
             until = Some(Instant::now() + grace);
         }
         until
     };
     let mut ended = vec![false; started.len()];
     let mut end = None;
+    let mut looked = Instant::now();
     while ended.contains(&false) && end.is_none_or(|end| Instant::now() < end) {
         let next = happens.try_recv().or_else(|_| {
             // All that was said has been heard.
@@ -244,28 +270,40 @@ fn watch(
                 say(&format!(
                     "rank {rank} was not heard of for {limit:?}: it or its machine is gone"
                 ));
-                end = note(rank, GONE);
+                end = note(Some(rank), GONE);
             }
             happens.recv_timeout(GLANCE)
         });
-        match next {
-            Ok(Event::Line(rank, stream, text)) => process::show(rank, stream, &text),
-            Ok(Event::Alive(rank)) => silence.heard(rank),
+        match &next {
+            Ok(Event::Line(rank, stream, text)) => process::show(*rank, *stream, text),
+            Ok(Event::Alive(rank)) => silence.heard(*rank),
             Ok(Event::Ended(rank, code)) => {
-                silence.ended(rank);
-                end = note(rank, code);
+                silence.ended(*rank);
+                end = note(Some(*rank), *code);
             }
-            // Quiet: how are they? Of `mpirun`'s ranks the shims have told before it ends.
-            Err(_) => {
-                for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
-                    if !*ended
-                        && let Some(status) = child.try_wait().map_err(LauncherError::Wait)?
-                    {
-                        *ended = true;
-                        end = note(*rank, process::code(status));
-                    }
-                }
+            Err(_) => {}
+        }
+        // However much is said: what ends later, because of the first, is not to be found with it.
+        if looked.elapsed() < GLANCE {
+            continue;
+        }
+        looked = Instant::now();
+        let mut found = Vec::new();
+        for ((rank, child), ended) in started.iter_mut().zip(&mut ended) {
+            // Of `mpirun`'s ranks the shims have told before it ends: that is heard first.
+            let told = rank.is_some() || next.is_err();
+            if !*ended
+                && told
+                && let Some(status) = child.try_wait().map_err(LauncherError::Wait)?
+            {
+                *ended = true;
+                found.push((*rank, process::code(status)));
             }
+        }
+        // Of several, who was ended by a signal did not do it because of another one.
+        found.sort_by_key(|&(_, code)| code <= SIGNALLED);
+        for (rank, code) in found {
+            end = note(rank, code);
         }
     }
     Ok(first)
@@ -275,7 +313,7 @@ fn watch(
 fn start(
     commands: Vec<(Option<usize>, Command)>,
     events: &Sender<Event>,
-    started: &mut Vec<(usize, Child)>,
+    started: &mut Vec<(Option<usize>, Child)>,
 ) -> Result<(), LauncherError> {
     for (rank, mut command) in commands {
         let child = process::start(&mut command, rank, events);
@@ -283,7 +321,7 @@ fn start(
             program: command.get_program().to_string_lossy().into_owned(),
             source,
         })?;
-        started.push((rank.unwrap_or(0), child));
+        started.push((rank, child));
     }
     Ok(())
 }
@@ -347,14 +385,81 @@ mod tests {
         let (events, happens) = mpsc::channel();
         let mut sleeps = Command::new("sleep");
         let child = process::start(sleeps.arg("60"), None, &events).unwrap();
-        let mut started = vec![(0, child)];
+        let mut started = vec![(None, child)];
         for event in [Event::Alive(0), Event::Alive(1), Event::Ended(0, 0)] {
             events.send(event).unwrap();
         }
         let silence = Silence::new(Duration::from_millis(200));
         let first = watch(&happens, &mut started, Duration::ZERO, silence).unwrap();
-        assert_eq!(first, Some((1, GONE)));
+        let expected = Failure {
+            rank: Some(1),
+            code: GONE,
+        };
+        assert_eq!(first, Some(expected));
         process::end(&mut started[0].1).unwrap();
+    }
+
+    /// What is told of processes that run scripts, and the processes.
+    #[cfg(unix)]
+    type Scripted = (
+        (Sender<Event>, Receiver<Event>),
+        Vec<(Option<usize>, Child)>,
+    );
+
+    #[cfg(unix)]
+    fn run_scripts(scripts: &[(Option<usize>, &str)]) -> Scripted {
+        let (events, happens) = mpsc::channel();
+        let commands = scripts.iter().map(|&(rank, script)| {
+            let mut command = Command::new("sh");
+            command.args(["-c", script]);
+            (rank, command)
+        });
+        let mut started = Vec::new();
+        start(commands.collect(), &events, &mut started).unwrap();
+        ((events, happens), started)
+    }
+
+    /// What is said to have failed first.
+    #[cfg(unix)]
+    fn first_of(((_events, happens), mut started): Scripted, grace: Duration) -> String {
+        let first = watch(&happens, &mut started, grace, Silence::new(SILENT)).unwrap();
+        for (_, child) in &mut started {
+            process::end(child).unwrap();
+        }
+        first.unwrap().to_string()
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_failed_first_is_found_while_another_rank_says_much() {
+        // Rank 0 talks until it notices, some time after the end of rank 1.
+        let talks = "for i in $(seq 60); do echo $i; sleep 0.01; done; exit 2";
+        let scripts = run_scripts(&[(Some(0), talks), (Some(1), "sleep 0.1; exit 5")]);
+        let first = first_of(scripts, Duration::from_secs(20));
+        assert_eq!(first, "rank 1 failed first, with exit code 5");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn of_several_that_ended_together_the_one_that_was_killed_failed_first() {
+        let mut scripts = run_scripts(&[(Some(0), "exit 2"), (Some(1), "kill -9 $$")]);
+        for (_, child) in &mut scripts.1 {
+            child.wait().unwrap();
+        }
+        let first = first_of(scripts, Duration::from_secs(20));
+        assert_eq!(first, "rank 1 failed first, with exit code 137");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn mpirun_is_no_rank_and_its_ranks_are_heard_before_it() {
+        let fails = run_scripts(&[(None, "exit 213")]);
+        // However long the grace.
+        let first = first_of(fails, Duration::MAX);
+        assert_eq!(first, "mpirun failed, with exit code 213");
+        let tells = "printf '\\0011\\001ended\\0017\\n'; exit 7";
+        let first = first_of(run_scripts(&[(None, tells)]), Duration::from_secs(20));
+        assert_eq!(first, "rank 1 failed first, with exit code 7");
     }
 
     #[test]
