@@ -60,6 +60,7 @@ use serde::de::DeserializeOwned;
 
 use self::communicator::Gpu;
 use self::library::Library;
+#[cfg(feature = "nccl")]
 pub(crate) use self::process::Job;
 use self::process::Process;
 use crate::error::CommError;
