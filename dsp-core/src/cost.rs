@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Heads;
-use crate::partition::Partition;
+use crate::partition::{Partition, balanced_range};
 
 /// Elements that a rank sends, each way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,11 +75,13 @@ pub fn all_gather(
     rank: usize,
 ) -> Elements {
     let unit = batch * channels * others;
-    let own = partition.count(rank);
-    Elements {
-        forward: elements(unit * (partition.ranks() - 1) * own),
-        backward: elements(unit * (partition.length() - own)),
-    }
+    let (own, all) = (unit * partition.count(rank), unit * partition.length());
+    gather(own, all, partition.ranks())
+}
+
+/// An all-gather to which a rank brings `own` of `all` elements: `(N−1)·own`; backward `all − own`.
+pub fn gather(own: usize, all: usize, ranks: usize) -> Elements {
+    Elements::both(elements((ranks - 1) * own), elements(all - own))
 }
 
 /// The state of linear attention, `S` elements, handed on hop by hop (LASP): every rank but the last sends it
@@ -98,7 +100,7 @@ pub fn state_gather(state: usize, ranks: usize) -> Elements {
 /// An all-reduce of `count` elements, each way: its reduce-scatter and its all-gather over balanced chunks
 /// `p` send `(P − p_r) + (N − 1)·p_r`.
 pub fn all_reduce(count: usize, ranks: usize, rank: usize) -> Elements {
-    let own = Partition::balanced(count, ranks).count(rank);
+    let own = balanced_range(count, rank, ranks).len();
     let sent = elements((count - own) + (ranks - 1) * own);
     Elements::both(sent, sent)
 }
@@ -107,17 +109,15 @@ pub fn all_reduce(count: usize, ranks: usize, rank: usize) -> Elements {
 ///
 /// Returns for rank `r` the pair `(q_r, kv_r)`; heads that two ranks touch count for both.
 pub fn heads_per_rank(heads: Heads, ranks: usize) -> Vec<(usize, usize)> {
-    let partition = Partition::balanced(heads.query, ranks);
     let group = heads.group();
-    (0..ranks)
-        .map(|rank| match partition.ranges(rank) {
-            [range] => {
-                let touched = range.end.div_ceil(group) - range.start / group;
-                (range.len(), touched)
-            }
-            _ => (0, 0),
-        })
-        .collect()
+    let of_rank = |rank| match balanced_range(heads.query, rank, ranks) {
+        range if range.is_empty() => (0, 0),
+        range => {
+            let touched = range.end.div_ceil(group) - range.start / group;
+            (range.len(), touched)
+        }
+    };
+    (0..ranks).map(of_rank).collect()
 }
 
 /// Head-parallel attention (Ulysses) of queries in blocks `l` and keys in blocks `m`:

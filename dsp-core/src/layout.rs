@@ -445,15 +445,12 @@ impl Layout {
 
     /// How many ranks of a group of `ranks` hold each element: 1 if the splits use every mesh axis.
     pub fn replicas(&self, ranks: usize) -> usize {
-        let mut over: Vec<MeshAxis> = Vec::new();
-        for axis in &self.axes {
-            if let AxisLayout::Split { over: mesh, .. } = axis
-                && !over.contains(mesh)
-            {
-                over.push(*mesh);
-            }
-        }
-        ranks / over.iter().map(|mesh| mesh.size).product::<usize>()
+        // No two axes are split over the same ranks.
+        let over = |axis: &AxisLayout| match axis {
+            AxisLayout::Split { over, .. } => over.size,
+            AxisLayout::Whole => 1,
+        };
+        ranks / self.axes.iter().map(over).product::<usize>()
     }
 }
 

@@ -19,6 +19,7 @@
 //! | [`strategy`], [`session`] | the trait and its plans; a model's walk through a plan |
 //! | [`ending`] | a sub-layer's end and the switch after it, part by part, one on its way while the next is computed |
 //! | [`place()`](mod@place), [`gradients`] | a rank's part of a module; the reduction of its gradients |
+//! | [`overlap`] | the same reduction bucket by bucket, while the backward pass runs |
 //! | [`share()`](share::share) | values of any type, from every rank to every rank |
 //! | [`precision`] | in what is summed that is held in 16 bits |
 //! | [`random`] | random bits that every rank draws alike |

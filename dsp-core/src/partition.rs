@@ -106,16 +106,14 @@ impl Partition {
         Ok(Self::trusted(length, ranges))
     }
 
-    /// Contiguous blocks that differ by at most one: rank `r` of `n` holds `⌊rL/n⌋ .. ⌊(r+1)L/n⌋`.
+    /// Contiguous blocks that differ by at most one: each rank holds its [`balanced_range`].
     ///
     /// # Panics
     /// If `ranks` is 0.
     pub fn balanced(length: usize, ranks: usize) -> Self {
         assert!(ranks > 0, "a partition needs at least one rank");
-        let blocks = (0..ranks)
-            .map(|rank| vec![rank * length / ranks..(rank + 1) * length / ranks])
-            .collect();
-        Self::trusted(length, blocks)
+        let blocks = (0..ranks).map(|rank| vec![balanced_range(length, rank, ranks)]);
+        Self::trusted(length, blocks.collect())
     }
 
     /// Contiguous blocks of the given lengths, in rank order.
@@ -215,6 +213,14 @@ impl Partition {
     pub fn counts(&self) -> Vec<usize> {
         (0..self.ranks()).map(|rank| self.count(rank)).collect()
     }
+}
+
+/// What rank `r` of `n` holds of a length in balanced blocks: `⌊rL/n⌋ .. ⌊(r+1)L/n⌋`.
+///
+/// # Panics
+/// If `ranks` is 0.
+pub fn balanced_range(length: usize, rank: usize, ranks: usize) -> Range<usize> {
+    rank * length / ranks..(rank + 1) * length / ranks
 }
 
 /// For each count, its first half from the front of a range and its second half from the back, inwards.

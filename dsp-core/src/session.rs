@@ -378,17 +378,12 @@ impl Session {
     /// What this rank sends to gather an output of `channels` channels, by formula.
     pub fn expected_gather(&self, batch: usize, channels: usize) -> Elements {
         let layout = &self.plan.output;
-        let (rank, ranks) = (self.group.rank(), self.group.size());
-        let own = layout.local_lengths(rank).iter().product::<usize>();
-        let all = layout.lengths().iter().product::<usize>();
-        if layout.split_axes().iter().next().is_none() {
+        if layout.split_axis().is_none() {
             return Elements::default();
         }
-        let unit = batch * channels;
-        Elements::both(
-            (unit * (ranks - 1) * own) as u64,
-            (unit * (all - own)) as u64,
-        )
+        let positions = |lengths: [usize; 3]| batch * channels * lengths.iter().product::<usize>();
+        let own = positions(layout.local_lengths(self.group.rank()));
+        cost::gather(own, positions(layout.lengths()), self.group.size())
     }
 
     /// What this rank sends to sum the gradients of `count` replicated parameters, by formula.

@@ -35,6 +35,7 @@ use crate::cost::Elements;
 use crate::error::Error;
 use crate::group::Group;
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard, Value};
+use crate::partition::Partition;
 
 /// The kind of an attention.
 #[derive(Debug, Clone, PartialEq)]
@@ -189,6 +190,21 @@ impl Stage {
         Self {
             name: name.into(),
             kind,
+        }
+    }
+
+    /// The attention over the axis along which the residual stream is split, with that axis and who holds what of it:
+    /// for which something must move. None if there is no such attention, and every rank has all that it needs.
+    pub fn attends_split<'a>(
+        &'a self,
+        residual: &'a Layout,
+    ) -> Option<(&'a AttentionStage, SeqAxis, &'a Partition)> {
+        let (axis, partition) = residual.split_axis()?;
+        match &self.kind {
+            StageKind::Attention(attention) if attention.axes.contains(axis) => {
+                Some((attention, axis, partition))
+            }
+            _ => None,
         }
     }
 }

@@ -23,16 +23,14 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use dsp_core::attention::chunks::{
-    Chunks, Direction, Relay, attend_in_chunks, in_rank_order,
-};
+use dsp_core::attention::chunks::{Chunks, Direction, Relay, attend_in_chunks, moved_state};
 use dsp_core::attention::{Attended, attend_local};
 use dsp_core::blocks::{Blocks, DimBlocks};
 use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::group::{InFlight, Request, Step};
 use dsp_core::ledger::{Collective, Phase};
-use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
+use dsp_core::strategy::{AttentionScope, StagePlan};
 use dsp_core::{
     CommError, Error, Group, Layout, ModelShape, Partition, PlanError, SequenceParallel, Shard,
     Stage,
@@ -54,34 +52,14 @@ impl SequenceParallel for Lasp2 {
         residual: &Layout,
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
+        let on_softmax = "it gathers the states of linear attention, and softmax attention has none; \
+                          mix it with a strategy for that, as in lasp2+ring";
+        let asks = (self.name(), on_softmax);
         let local = StagePlan::local(residual, ranks);
-        let (StageKind::Attention(attention), Some((axis, _))) =
-            (&stage.kind, residual.split_axis())
-        else {
-            return Ok(local);
-        };
-        if !attention.axes.contains(axis) {
-            return Ok(local);
-        }
-        if attention.form == Form::Softmax {
-            return Err(PlanError::Form {
-                strategy: self.name().to_owned(),
-                stage: stage.name.clone(),
-                rule: "it gathers the states of linear attention, and softmax attention has none; mix it with a \
-                       strategy for that, as in lasp2+ring",
-            });
-        }
-        if !in_rank_order(residual, attention.axes, ranks) {
-            return Err(PlanError::Residual {
-                strategy: self.name().to_owned(),
-                stage: stage.name.clone(),
-                residual: Box::new(residual.clone()),
-                rule: "a state runs through contiguous positions in rank order; split the outermost attended axis \
-                       in plain blocks",
-            });
-        }
-        let state = attention.state_elements(model.batch, residual.lengths());
-        Ok(local.sending(|_| cost::state_gather(state, ranks)))
+        Ok(match moved_state(asks, model, stage, residual, ranks)? {
+            Some(state) => local.sending(|_| cost::state_gather(state, ranks)),
+            None => local,
+        })
     }
 
     fn attend(&self, qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {

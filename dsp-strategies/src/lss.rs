@@ -34,7 +34,7 @@ use dsp_core::error::Tracking;
 use dsp_core::group::{Request, Step};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::strategy::{
-    AttentionScope, Form, Parameter, Placement, Role, StageKind, StagePlan,
+    AttentionScope, Form, Parameter, Placement, Role, StagePlan,
 };
 use dsp_core::{
     CommError, Error, Group, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage, vjp,
@@ -57,14 +57,9 @@ impl SequenceParallel for Lss {
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
         let local = StagePlan::local(residual, ranks);
-        let (StageKind::Attention(attention), Some((axis, partition))) =
-            (&stage.kind, residual.split_axis())
-        else {
+        let Some((attention, axis, partition)) = stage.attends_split(residual) else {
             return Ok(local);
         };
-        if !attention.axes.contains(axis) {
-            return Ok(local);
-        }
         if attention.form != Form::Softmax {
             return Err(PlanError::Form {
                 strategy: self.name().to_owned(),

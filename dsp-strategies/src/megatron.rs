@@ -30,18 +30,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use dsp_core::attention::heads::share;
 use dsp_core::attention::{HeadRange, Heads};
 use dsp_core::blocks::DimBlocks;
 use dsp_core::collective::{exchange, relayout};
 use dsp_core::cost::{self, Elements};
 use dsp_core::layout::Value;
 use dsp_core::ledger::Collective;
+use dsp_core::partition::balanced_range;
 use dsp_core::strategy::{
     AttentionScope, Closing, Parameter, Placement, Role, Scope, StageKind, StagePlan, Units, add_bias,
 };
-use dsp_core::{
-    Error, Layout, ModelShape, Partition, PlanError, SequenceParallel, Shard, Stage,
-};
+use dsp_core::{Error, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage};
 
 /// Megatron's sequence parallelism around tensor parallelism.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -83,7 +83,7 @@ impl SequenceParallel for Megatron {
             let back = match &stage.kind {
                 StageKind::Attention(attention) if attention.closing == Closing::AllHeads => {
                     let heads = attention.heads;
-                    let own = query_heads(heads, rank, ranks).query.len();
+                    let own = share(heads, rank, ranks).query.len();
                     let unit = model.batch * others * heads.dim;
                     let (l, length) = (partition.count(rank), partition.length());
                     let sent = |elements: usize| (unit * elements) as u64;
@@ -126,7 +126,7 @@ impl SequenceParallel for Megatron {
         rank: usize,
         ranks: usize,
     ) -> HeadRange {
-        query_heads(heads, rank, ranks)
+        share(heads, rank, ranks)
     }
 
     fn join(&self, x: Shard, scope: &AttentionScope<'_>) -> Result<Shard, Error> {
@@ -138,7 +138,7 @@ impl SequenceParallel for Megatron {
         let (rank, ranks) = (group.rank(), group.size());
         let (batch, channels) = (x.tensor().dims()[0], heads.query * heads.dim);
         let of_each = (0..ranks).map(|rank| {
-            let held = query_heads(heads, rank, ranks).query;
+            let held = share(heads, rank, ranks).query;
             std::iter::once(held.start * heads.dim..held.end * heads.dim).collect()
         });
         let of_each = DimBlocks::from_ranges(channels, of_each.collect());
@@ -156,24 +156,11 @@ impl SequenceParallel for Megatron {
     }
 }
 
-/// The query heads of a rank.
-fn query_heads(heads: Heads, rank: usize, ranks: usize) -> HeadRange {
-    HeadRange {
-        query: share(heads.query, rank, ranks),
-        group: heads.group(),
-    }
-}
-
 /// The units of a rank: features and query heads evenly, key-value heads as the query heads need them.
 fn held_units(units: Units, rank: usize, ranks: usize) -> Range<usize> {
     match units {
-        Units::Query(heads) => query_heads(heads, rank, ranks).query,
-        Units::KeyValue(heads) => query_heads(heads, rank, ranks).kv(),
-        Units::Features(count) => share(count, rank, ranks),
+        Units::Query(heads) => share(heads, rank, ranks).query,
+        Units::KeyValue(heads) => share(heads, rank, ranks).kv(),
+        Units::Features(count) => balanced_range(count, rank, ranks),
     }
-}
-
-fn share(count: usize, rank: usize, ranks: usize) -> Range<usize> {
-    let partition = Partition::balanced(count, ranks);
-    partition.ranges(rank).first().cloned().unwrap_or(0..0)
 }

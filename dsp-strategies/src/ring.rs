@@ -27,7 +27,7 @@
 use dsp_core::attention::ring::{self, Ring as Rounds, balanced_layouts};
 use dsp_core::attention::{Attended, Fold, Logsumexp, attend_local, positions, samples};
 use dsp_core::error::Tracking;
-use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
+use dsp_core::strategy::{AttentionScope, Form, StagePlan};
 use dsp_core::{
     CommError, Error, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage, vjp,
 };
@@ -53,14 +53,9 @@ impl SequenceParallel for Ring {
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
         let local = StagePlan::local(residual, ranks);
-        let (StageKind::Attention(attention), Some((axis, _))) =
-            (&stage.kind, residual.split_axis())
-        else {
+        let Some((attention, ..)) = stage.attends_split(residual) else {
             return Ok(local);
         };
-        if !attention.axes.contains(axis) {
-            return Ok(local);
-        }
         if attention.form != Form::Softmax {
             return Err(PlanError::Form {
                 strategy: self.name().to_owned(),

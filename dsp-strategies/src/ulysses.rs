@@ -27,7 +27,7 @@ use dsp_core::blocks::DIMS;
 use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::ledger::Phase;
-use dsp_core::strategy::{AttentionScope, Form, StageKind, StagePlan};
+use dsp_core::strategy::{AttentionScope, Form, StagePlan};
 use dsp_core::{
     CommError, Error, Layout, ModelShape, PlanError, SequenceParallel, Shard, Stage, vjp,
 };
@@ -49,14 +49,9 @@ impl SequenceParallel for Ulysses {
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
         let local = StagePlan::local(residual, ranks);
-        let (StageKind::Attention(attention), Some((axis, partition))) =
-            (&stage.kind, residual.split_axis())
-        else {
+        let Some((attention, axis, partition)) = stage.attends_split(residual) else {
             return Ok(local);
         };
-        if !attention.axes.contains(axis) {
-            return Ok(local);
-        }
         if attention.heads.query < ranks {
             return Err(PlanError::Heads {
                 strategy: self.name().to_owned(),

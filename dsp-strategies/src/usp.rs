@@ -34,7 +34,7 @@ use dsp_core::cost;
 use dsp_core::error::Tracking;
 use dsp_core::layout::MeshAxis;
 use dsp_core::ledger::Phase;
-use dsp_core::strategy::{AttentionScope, AttentionStage, Form, StageKind, StagePlan};
+use dsp_core::strategy::{AttentionScope, AttentionStage, Form, StagePlan};
 use dsp_core::{
     CommError, Error, Layout, ModelShape, Partition, PlanError, SeqAxis, SequenceParallel, Shard,
     Stage, vjp,
@@ -139,14 +139,9 @@ impl SequenceParallel for Usp {
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
         let local = StagePlan::local(residual, ranks);
-        let (StageKind::Attention(attention), Some((axis, partition))) =
-            (&stage.kind, residual.split_axis())
-        else {
+        let Some((attention, axis, partition)) = stage.attends_split(residual) else {
             return Ok(local);
         };
-        if !attention.axes.contains(axis) {
-            return Ok(local);
-        }
         if attention.form != Form::Softmax {
             return Err(PlanError::Form {
                 strategy: self.name().to_owned(),

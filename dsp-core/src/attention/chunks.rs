@@ -15,7 +15,7 @@ use super::linear;
 use super::shard::{Attended, Fold, positions};
 use crate::error::{CommError, Error, Tracking};
 use crate::layout::{AxisSet, Layout, Shard};
-use crate::strategy::{AttentionScope, Form};
+use crate::strategy::{AttentionScope, Form, ModelShape, PlanError, Stage};
 use crate::vjp;
 
 /// Which way states go.
@@ -57,9 +57,47 @@ pub struct Chunks {
     pub tracking: Tracking,
 }
 
+/// The elements of each rank's state in a stage where the residual stream is laid out as `residual`; none if the stage
+/// is no attention over the axis that is split, and no state moves. `on_softmax` is the rule by which `strategy` refuses
+/// an attention without states.
+///
+/// # Errors
+/// [`PlanError::Form`] for softmax attention over the split axis, [`PlanError::Residual`] if the ranks' positions do not
+/// follow one another.
+pub fn moved_state(
+    (strategy, on_softmax): (&str, &'static str),
+    model: &ModelShape,
+    stage: &Stage,
+    residual: &Layout,
+    ranks: usize,
+) -> Result<Option<usize>, PlanError> {
+    let Some((attention, ..)) = stage.attends_split(residual) else {
+        return Ok(None);
+    };
+    if attention.form == Form::Softmax {
+        return Err(PlanError::Form {
+            strategy: strategy.to_owned(),
+            stage: stage.name.clone(),
+            rule: on_softmax,
+        });
+    }
+    if !in_rank_order(residual, attention.axes, ranks) {
+        return Err(PlanError::Residual {
+            strategy: strategy.to_owned(),
+            stage: stage.name.clone(),
+            residual: Box::new(residual.clone()),
+            rule: "a state runs through contiguous positions in rank order; split the outermost attended axis \
+                   in plain blocks",
+        });
+    }
+    Ok(Some(
+        attention.state_elements(model.batch, residual.lengths()),
+    ))
+}
+
 /// Whether the ranks' rows of an attention over `axes` are contiguous and in rank order, as linear attention in
 /// chunks needs them.
-pub fn in_rank_order(layout: &Layout, axes: AxisSet, ranks: usize) -> bool {
+fn in_rank_order(layout: &Layout, axes: AxisSet, ranks: usize) -> bool {
     let mut next = 0;
     (0..ranks)
         .flat_map(|rank| positions(layout, axes, rank))

@@ -26,7 +26,7 @@ use crate::error::{CommError, Tracking};
 use crate::group::{Group, Request, Step};
 use crate::layout::{AxisSet, Layout, SeqAxis, Shard};
 use crate::ledger::{Collective, Phase};
-use crate::partition::Partition;
+use crate::partition::balanced_range;
 use crate::strategy::AttentionStage;
 
 /// The ranges that some ranks hold of an axis together, in order, neighbours joined.
@@ -48,9 +48,8 @@ pub fn union(layout: &Layout, axis: SeqAxis, ranks: &[usize]) -> Vec<Range<usize
 
 /// The query heads of rank `index` of `ranks` that share them out evenly.
 pub fn share(heads: Heads, index: usize, ranks: usize) -> HeadRange {
-    let partition = Partition::balanced(heads.query, ranks);
     HeadRange {
-        query: partition.ranges(index).first().cloned().unwrap_or(0..0),
+        query: balanced_range(heads.query, index, ranks),
         group: heads.group(),
     }
 }
