@@ -74,8 +74,20 @@ impl Group {
     /// The ranks that stand on the mesh axis `axis` together with this one.
     ///
     /// # Errors
-    /// As for [`Group::subgroup`].
+    /// [`CommError::Members`] as for [`Group::subgroup`], or if the axis has no rank or its ranks do not stand apart.
     pub fn along(&self, axis: MeshAxis) -> Result<Self, CommError> {
+        if axis.size == 0 || axis.stride == 0 {
+            return Err(CommError::Members {
+                rank: self.rank(),
+                size: self.size(),
+                members: vec![],
+                rule: format!(
+                    "a mesh axis of {} rank(s) that stand {} apart has no members; both must be at least 1",
+                    axis.size, axis.stride
+                )
+                .into(),
+            });
+        }
         self.subgroup(&axis.members(self.rank()))
     }
 

@@ -117,7 +117,20 @@ impl AttentionStage {
         self.samples(batch, lengths) * self.heads.query * self.heads.dim * self.heads.dim
     }
 
-    fn check(&self, stage: &str, batch: usize) -> Result<(), PlanError> {
+    fn check(&self, stage: &str, model: &ModelShape) -> Result<(), PlanError> {
+        let (batch, axes) = (model.batch, model.lengths.len());
+        if self.axes.iter().next().is_none() {
+            return Err(PlanError::AttendsNothing {
+                stage: stage.to_owned(),
+            });
+        }
+        if let Some(axis) = self.axes.iter().find(|axis| axis.index() >= axes) {
+            return Err(PlanError::AttendsAbsent {
+                stage: stage.to_owned(),
+                axis,
+                axes,
+            });
+        }
         if let Mask::KeyLengths(lengths) = &self.mask
             && lengths.len() != batch
         {
@@ -249,18 +262,30 @@ impl ModelShape {
         }
     }
 
-    /// Refuses what no strategy could run: too many axes, heads that do not form groups, key lengths that are not one
-    /// a sample, linear attention that is not causal or whose decays are not one a head. Every plan begins with it.
+    /// Refuses what no strategy could run, and a number of ranks on which none could. Every plan begins with it.
     ///
     /// # Errors
-    /// [`PlanError::Axes`], [`PlanError::HeadGroups`], [`PlanError::KeyLengths`], [`PlanError::Decays`],
-    /// [`PlanError::NotCausal`].
+    /// [`PlanError::RankCount`], and as [`check`](Self::check).
+    pub fn check_on(&self, ranks: usize) -> Result<(), PlanError> {
+        if !(1..=MOST_RANKS).contains(&ranks) {
+            return Err(PlanError::RankCount { ranks });
+        }
+        self.check()
+    }
+
+    /// Refuses what no strategy could run: too many axes, attention over none of them or over one that is not there,
+    /// heads that do not form groups, key lengths that are not one a sample, linear attention that is not causal or
+    /// whose decays are not one a head.
+    ///
+    /// # Errors
+    /// [`PlanError::Axes`], [`PlanError::AttendsNothing`], [`PlanError::AttendsAbsent`], [`PlanError::HeadGroups`],
+    /// [`PlanError::KeyLengths`], [`PlanError::Decays`], [`PlanError::NotCausal`].
     pub fn check(&self) -> Result<(), PlanError> {
         self.lengths()?;
         for stage in &self.stages {
             let heads = match &stage.kind {
                 StageKind::Attention(attention) => {
-                    attention.check(&stage.name, self.batch)?;
+                    attention.check(&stage.name, self)?;
                     attention.heads
                 }
                 StageKind::CrossAttention { heads } => *heads,
@@ -293,6 +318,16 @@ impl ModelShape {
     }
 }
 
+/// On how many ranks a model can be planned: more than any machine has, and few enough for a plan to list them.
+pub const MOST_RANKS: usize = 1 << 20;
+
+/// What each of several strategies says.
+fn listed(refusals: &[PlanError]) -> String {
+    let numbered = |(index, refusal)| format!("({}) {refusal}", index + 1);
+    let numbered: Vec<String> = refusals.iter().enumerate().map(numbered).collect();
+    numbered.join("; ")
+}
+
 /// A model that a strategy cannot run, found before any work starts.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -302,6 +337,40 @@ pub enum PlanError {
     Axes {
         /// How many.
         axes: usize,
+    },
+    /// A number of ranks for which nothing can be planned.
+    #[error("a plan for {ranks} ranks was asked for; 1 to {MOST_RANKS} are possible")]
+    RankCount {
+        /// The ranks.
+        ranks: usize,
+    },
+    /// An attention over no axis.
+    #[error("stage {stage:?} is an attention over no sequence axis: it needs at least one")]
+    AttendsNothing {
+        /// The stage.
+        stage: String,
+    },
+    /// An attention over an axis that the model does not have.
+    #[error(
+        "stage {stage:?} attends over {axis}, and the model has {axes} sequence axes, the first of which is 0"
+    )]
+    AttendsAbsent {
+        /// The stage.
+        stage: String,
+        /// The axis.
+        axis: SeqAxis,
+        /// How many the model has.
+        axes: usize,
+    },
+    /// A strategy that lays out the residual stream in no way at all.
+    #[error(
+        "{strategy} cannot run on {ranks} ranks: it names no layout of the residual stream, and needs at least one"
+    )]
+    NoResidual {
+        /// The strategy.
+        strategy: String,
+        /// The ranks.
+        ranks: usize,
     },
     /// A number of ranks that the strategy does not run on.
     #[error("{strategy} cannot run on {ranks} ranks: {rule}")]
@@ -340,6 +409,47 @@ pub enum PlanError {
         heads: usize,
         /// The ranks.
         ranks: usize,
+    },
+    /// Too few heads for the rows of a mesh, in which they are shared out.
+    #[error(
+        "{strategy} cannot run stage {stage:?}: {heads} query heads over each row of {row} of the {ranks} ranks leave a \
+         rank without a head; use rows of at most {heads}"
+    )]
+    RowHeads {
+        /// The strategy.
+        strategy: String,
+        /// The stage.
+        stage: String,
+        /// The query heads.
+        heads: usize,
+        /// The ranks of a row.
+        row: usize,
+        /// The ranks.
+        ranks: usize,
+    },
+    /// A stage that none of a mixture's strategies can run.
+    #[error(
+        "{mixture} cannot run stage {stage:?}, for none of its strategies can: {}",
+        listed(refusals)
+    )]
+    NoPart {
+        /// The mixture.
+        mixture: String,
+        /// The stage.
+        stage: String,
+        /// What each of its strategies says.
+        refusals: Vec<PlanError>,
+    },
+    /// A model of which a mixture can run each stage, but not all of them where one strategy has the residual stream.
+    #[error(
+        "{mixture} cannot run the model, whichever of its strategies lays out the residual stream: {}",
+        listed(refusals)
+    )]
+    NoLeader {
+        /// The mixture.
+        mixture: String,
+        /// What is in the way of each of its strategies.
+        refusals: Vec<PlanError>,
     },
     /// A mesh whose rows the ranks do not fill.
     #[error(
@@ -628,7 +738,7 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
     /// # Errors
     /// [`PlanError`] with the numbers and the rule if the strategy cannot run the model.
     fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        model.check()?;
+        model.check_on(ranks)?;
         let mut best: Option<Plan> = None;
         let mut refusal = None;
         for residual in self.residuals(model, ranks)? {
@@ -659,8 +769,9 @@ pub trait SequenceParallel: fmt::Debug + Send + Sync {
         match (best, refusal) {
             (Some(plan), _) => Ok(plan),
             (None, Some(refusal)) => Err(refusal),
-            (None, None) => Err(PlanError::Axes {
-                axes: model.lengths.len(),
+            (None, None) => Err(PlanError::NoResidual {
+                strategy: self.name().to_owned(),
+                ranks,
             }),
         }
     }

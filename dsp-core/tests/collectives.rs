@@ -997,6 +997,21 @@ fn a_subgroup_without_its_caller_with_a_repeated_or_with_an_unknown_rank_is_refu
     .unwrap();
 }
 
+#[test]
+fn a_mesh_axis_of_no_rank_or_whose_ranks_do_not_stand_apart_is_refused() {
+    for (stride, size) in [(1, 0), (0, 2), (0, 0)] {
+        let axis = MeshAxis { stride, size };
+        let error = Group::alone().along(axis).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "rank 0 of 1 asked for a sub-group of []: a mesh axis of {size} rank(s) that stand {stride} apart has no \
+                 members; both must be at least 1"
+            )
+        );
+    }
+}
+
 /// Blocks of ranks that are not there would be zeros, and ranks without a block nobody's.
 #[test]
 fn blocks_of_another_number_of_ranks_than_the_group_has_are_refused_on_every_rank() {

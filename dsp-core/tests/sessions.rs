@@ -182,6 +182,36 @@ fn channels_that_are_not_the_declared_heads_are_refused() {
 }
 
 #[test]
+fn a_strategy_without_a_layout_is_told_so() {
+    #[derive(Debug)]
+    struct Nowhere;
+
+    impl SequenceParallel for Nowhere {
+        fn name(&self) -> &'static str {
+            "nowhere"
+        }
+
+        fn residuals(&self, _model: &ModelShape, _ranks: usize) -> Result<Vec<Layout>, PlanError> {
+            Ok(vec![])
+        }
+
+        fn plan_stage(
+            &self,
+            _model: &ModelShape,
+            _stage: &Stage,
+            residual: &Layout,
+            ranks: usize,
+        ) -> Result<StagePlan, PlanError> {
+            Ok(StagePlan::local(residual, ranks))
+        }
+    }
+    assert_eq!(
+        Nowhere.plan(&model(), 2).unwrap_err().to_string(),
+        "nowhere cannot run on 2 ranks: it names no layout of the residual stream, and needs at least one"
+    );
+}
+
+#[test]
 fn a_bias_is_added_over_the_channels() {
     let layout = Layout::whole([1, 1, 1]);
     let x = Shard::new(Tensor::ones([1, 1, 1, 1, 2], &Device::flex()), layout, 0).unwrap();

@@ -37,7 +37,7 @@ impl SequenceParallel for Dsp {
     }
 
     fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        model.check()?;
+        model.check_on(ranks)?;
         let switches = Switches::new(model, ranks)?;
         let path = self.cheapest_path(model, &switches)?;
         let stage = |index: usize| {
@@ -70,15 +70,20 @@ impl SequenceParallel for Dsp {
 
     fn plan_stage(
         &self,
-        model: &ModelShape,
+        _model: &ModelShape,
         stage: &Stage,
         residual: &Layout,
         ranks: usize,
     ) -> Result<StagePlan, PlanError> {
-        match residual.split_axis() {
-            Some((axis, _)) if attends(&stage.kind, axis) => Err(self.no_axis_left(model, stage)),
-            _ => Ok(StagePlan::local(residual, ranks)),
+        if stage.attends_split(residual).is_some() {
+            return Err(PlanError::Residual {
+                strategy: self.name().to_owned(),
+                stage: stage.name.clone(),
+                residual: Box::new(residual.clone()),
+                rule: "it attends within a rank only, and the axis that is split is attended",
+            });
         }
+        Ok(StagePlan::local(residual, ranks))
     }
 }
 

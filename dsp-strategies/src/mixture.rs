@@ -44,6 +44,27 @@ impl Mixture {
         }
     }
 
+    /// The first part, in the given order, that has a plan of a stage.
+    fn first_of<P>(
+        &self,
+        order: impl Iterator<Item = usize>,
+        stage: &Stage,
+        plan: impl Fn(&dyn SequenceParallel) -> Result<P, PlanError>,
+    ) -> Result<(usize, P), PlanError> {
+        let mut refusals = vec![];
+        for index in order {
+            match plan(&*self.parts[index]) {
+                Ok(plan) => return Ok((index, plan)),
+                Err(refusal) => refusals.push(refusal),
+            }
+        }
+        Err(PlanError::NoPart {
+            mixture: self.name.clone(),
+            stage: stage.name.clone(),
+            refusals,
+        })
+    }
+
     /// Which part has the first choice of each stage: the first that could run a model of it alone.
     fn choose(&self, model: &ModelShape, ranks: usize) -> Result<Vec<usize>, PlanError> {
         let of_stage = |stage: &Stage| {
@@ -51,16 +72,9 @@ impl Mixture {
                 stages: vec![stage.clone()],
                 ..model.clone()
             };
-            let mut refusal = None;
-            for (index, part) in self.parts.iter().enumerate() {
-                match part.plan(&alone, ranks) {
-                    Ok(_) => return Ok(index),
-                    Err(error) => refusal = Some(error),
-                }
-            }
-            Err(refusal.unwrap_or(PlanError::Axes {
-                axes: model.lengths.len(),
-            }))
+            let order = 0..self.parts.len();
+            let (index, _) = self.first_of(order, stage, |part| part.plan(&alone, ranks))?;
+            Ok(index)
         };
         model.stages.iter().map(of_stage).collect()
     }
@@ -111,15 +125,10 @@ impl Mixture {
         led: &StagePlan,
         ranks: usize,
     ) -> Result<(usize, StagePlan), PlanError> {
-        let by = |index: usize| self.parts[index].plan_stage(model, stage, &led.residual, ranks);
-        let refusal = match by(chosen) {
-            Ok(plan) => return Ok((chosen, plan)),
-            Err(refusal) => refusal,
-        };
-        let mut others = (0..self.parts.len()).filter(|&index| index != chosen);
-        others
-            .find_map(|index| by(index).ok().map(|plan| (index, plan)))
-            .ok_or(refusal)
+        let others = (0..self.parts.len()).filter(|&index| index != chosen);
+        self.first_of(std::iter::once(chosen).chain(others), stage, |part| {
+            part.plan_stage(model, stage, &led.residual, ranks)
+        })
     }
 
     fn part<'a>(&'a self, plan: &'a StagePlan) -> (&'a dyn SequenceParallel, &'a StagePlan) {
@@ -136,20 +145,19 @@ impl SequenceParallel for Mixture {
     }
 
     fn plan(&self, model: &ModelShape, ranks: usize) -> Result<Plan, PlanError> {
-        model.check()?;
+        model.check_on(ranks)?;
         let chosen = self.choose(model, ranks)?;
-        let mut refusal = None;
+        let mut refusals = vec![];
         for leader in 0..self.parts.len() {
             match self.plan_led_by(leader, &chosen, model, ranks) {
                 Ok(plan) => return Ok(plan),
-                Err(error) => {
-                    refusal.get_or_insert(error);
-                }
+                Err(refusal) => refusals.push(refusal),
             }
         }
-        Err(refusal.unwrap_or(PlanError::Axes {
-            axes: model.lengths.len(),
-        }))
+        Err(PlanError::NoLeader {
+            mixture: self.name.clone(),
+            refusals,
+        })
     }
 
     fn plan_stage(

@@ -160,11 +160,12 @@ impl SequenceParallel for Usp {
             });
         }
         if heads.query < mesh.row {
-            return Err(PlanError::Heads {
+            return Err(PlanError::RowHeads {
                 strategy: self.name().to_owned(),
                 stage: stage.name.clone(),
                 heads: heads.query,
-                ranks: mesh.row,
+                row: mesh.row,
+                ranks,
             });
         }
         let held = mesh.positions(residual, attention);

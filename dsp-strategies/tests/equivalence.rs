@@ -312,7 +312,7 @@ proptest! {
         let outcome = check(&usp, &case, ranks, DType::F64, F64)?;
         match outcome {
             Ok(()) => (),
-            Err(PlanError::Heads { heads, ranks, .. }) => prop_assert!(heads < ranks && ranks == row),
+            Err(PlanError::RowHeads { heads, row: of, .. }) => prop_assert!(heads < row && of == row),
             Err(refusal) => prop_assert!(false, "{refusal}"),
         }
     }

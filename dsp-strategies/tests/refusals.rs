@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 use common::{Case, Checkpointing, Sub, attend};
-use dsp_core::strategy::{Form, OutputLayout, StageKind};
-use dsp_core::{Error, Group, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session};
-use dsp_strategies::{Dsp, Lss, Megatron, Serial, Ulysses, by_name};
+use dsp_core::strategy::{Form, MOST_RANKS, OutputLayout, StageKind};
+use dsp_core::{
+    AxisSet, Error, Group, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session,
+};
+use dsp_strategies::{Dsp, Lss, Megatron, Serial, Ulysses, Usp, by_name};
 
 fn case(lengths: &[usize], heads: (usize, usize), subs: Vec<Sub>) -> Case {
     Case {
@@ -74,6 +76,104 @@ fn ulysses_needs_a_query_head_for_each_rank() {
         refusal.to_string(),
         "ulysses cannot run stage \"sub 3\": 4 query heads over 5 ranks leave a rank without a head; use at \
          most 4 ranks"
+    );
+}
+
+#[test]
+fn usp_needs_a_query_head_for_each_rank_of_a_row() {
+    let text = case(&[8], (2, 2), vec![attend(&[0])]).shape();
+    let rows_of = |row: usize| Usp::with_rows_of(row.try_into().unwrap());
+    rows_of(2).plan(&text, 8).unwrap();
+    assert_eq!(
+        rows_of(4).plan(&text, 8).unwrap_err().to_string(),
+        "usp cannot run stage \"sub 0\": 2 query heads over each row of 4 of the 8 ranks leave a rank without a head; \
+         use rows of at most 2"
+    );
+}
+
+#[test]
+fn a_mixture_says_why_each_of_its_strategies_refuses_a_stage() {
+    let text = case(&[8], (2, 2), vec![Sub::Mlp, attend(&[0])]).shape();
+    let mixture = by_name("ulysses+lasp2").unwrap();
+    mixture.plan(&text, 2).unwrap();
+    assert_eq!(
+        mixture.plan(&text, 4).unwrap_err().to_string(),
+        "ulysses+lasp2 cannot run stage \"sub 1\", for none of its strategies can: (1) ulysses cannot run stage \
+         \"sub 1\": 2 query heads over 4 ranks leave a rank without a head; use at most 2 ranks; (2) lasp2 cannot run \
+         stage \"sub 1\": it gathers the states of linear attention, and softmax attention has none; mix it with a \
+         strategy for that, as in lasp2+ring"
+    );
+}
+
+/// Each stage could be run where another axis is split.
+#[test]
+fn a_mixture_says_what_is_in_the_way_wherever_the_residual_stream_is() {
+    let crossing = case(&[4, 8], (2, 2), vec![attend(&[0]), attend(&[1])]).shape();
+    let refusals = |name: &str| {
+        let refusal = by_name(name).unwrap().plan(&crossing, 4).unwrap_err();
+        let PlanError::NoLeader { mixture, refusals } = refusal else {
+            panic!("{refusal}");
+        };
+        assert_eq!(mixture, name);
+        let [
+            PlanError::Heads { heads: 2, .. },
+            PlanError::NoPart { refusals, .. },
+        ] = &refusals[..]
+        else {
+            panic!("{refusals:?}");
+        };
+        refusals.clone()
+    };
+    assert!(matches!(
+        refusals("ulysses+lasp2")[..],
+        [PlanError::Heads { .. }, PlanError::Form { .. }]
+    ));
+    let [PlanError::Heads { .. }, dsp] = &refusals("ulysses+dsp")[..] else {
+        panic!("2 heads are too few for 4 ranks");
+    };
+    assert_eq!(
+        dsp.to_string(),
+        "dsp cannot run stage \"sub 0\" on [4/4, 8, 1]: it attends within a rank only, and the axis that is split is \
+         attended"
+    );
+}
+
+#[test]
+fn attention_over_no_axis_or_over_one_that_is_not_there_is_refused_by_all() {
+    let over = |axes: &[SeqAxis]| {
+        let mut model = case(&[4, 8], (4, 2), vec![Sub::Mlp, attend(&[0])]).shape();
+        let StageKind::Attention(attention) = &mut model.stages[1].kind else {
+            unreachable!()
+        };
+        attention.axes = AxisSet::of(axes);
+        model
+    };
+    for strategy in dsp_strategies::all() {
+        let refusal = |axes: &[SeqAxis]| strategy.plan(&over(axes), 1).unwrap_err().to_string();
+        assert_eq!(
+            refusal(&[SeqAxis::FIRST, SeqAxis::THIRD]),
+            "stage \"sub 1\" attends over sequence axis 2, and the model has 2 sequence axes, the first of which is 0"
+        );
+        assert_eq!(
+            refusal(&[]),
+            "stage \"sub 1\" is an attention over no sequence axis: it needs at least one"
+        );
+    }
+}
+
+#[test]
+fn no_rank_and_more_ranks_than_can_be_planned_for_are_refused_by_all() {
+    let mut strategies = dsp_strategies::all();
+    strategies.push(by_name("dsp+ulysses").unwrap());
+    for strategy in strategies {
+        for ranks in [0, MOST_RANKS + 1, usize::MAX / 4, usize::MAX] {
+            let refusal = strategy.plan(&two_axes(), ranks).unwrap_err();
+            assert_eq!(refusal, PlanError::RankCount { ranks });
+        }
+    }
+    assert_eq!(
+        Dsp.plan(&two_axes(), 0).unwrap_err().to_string(),
+        "a plan for 0 ranks was asked for; 1 to 1048576 are possible"
     );
 }
 
