@@ -206,7 +206,8 @@ impl Session {
     /// [`Part`] with its stage.
     ///
     /// # Panics
-    /// If the module holds a parameter in two places: see [`place`](place::place).
+    /// If a parameter's shape does not fit its role: see [`Role::check`]. If the module holds a parameter in two places:
+    /// see [`place`](place::place).
     pub fn place<M: Module, P: Into<Part>>(
         &self,
         module: &M,
@@ -216,6 +217,9 @@ impl Session {
         let ranks = self.group.size();
         let placements = |path: &str, shape: &[usize]| {
             let Part { role, stage } = roles(path).into();
+            if let Err(error) = role.check(path, shape) {
+                panic!("{error}");
+            }
             if let (Role::Rows { .. }, Some(stage)) = (role, stage) {
                 self.sharded().insert(stage);
             }

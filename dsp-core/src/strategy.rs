@@ -625,7 +625,7 @@ pub enum Role {
         axis: SeqAxis,
     },
     /// The output features of a projection into heads or into an inner width, along `dim`: `fused`
-    /// projections end to end, each in `units` of equal size.
+    /// projections end to end, each in all of `units`.
     Columns {
         /// The dim of the parameter.
         dim: usize,
@@ -634,7 +634,7 @@ pub enum Role {
         /// The units that must not be cut.
         units: Units,
     },
-    /// The input features of the projection back, along `dim`, in `units` of equal size.
+    /// The input features of the projection back, along `dim`, in all of `units`.
     Rows {
         /// The dim of the parameter.
         dim: usize,
@@ -646,11 +646,12 @@ pub enum Role {
 /// What a projection's features come in, each unit as wide as the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Units {
-    /// The query heads of these heads.
+    /// The query heads of these heads, each of their `dim` features. A projection that has other features a head, as
+    /// into one gate for each, has units of its own: the same heads with that `dim`.
     Query(Heads),
-    /// Their key-value heads.
+    /// Their key-value heads, of their `dim` too.
     KeyValue(Heads),
-    /// Features of an inner width.
+    /// So many features of an inner width, or blocks of it as wide as each other.
     Features(usize),
 }
 
@@ -665,7 +666,118 @@ impl Units {
     }
 }
 
+/// A role that a parameter's shape does not fit: a strategy that cut by it would leave out what nobody else holds.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "parameter {path:?} of shape {shape:?} was placed with the role {role:?}, which does not fit: {misfit}"
+)]
+pub struct RoleError {
+    /// The parameter.
+    pub path: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its role.
+    pub role: Role,
+    /// What does not fit.
+    pub misfit: Misfit,
+}
+
+/// What of a role does not fit a parameter's shape.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// There is no such dim.
+    #[error("it has {dims} dim(s), the first of which is 0, and none is {dim}")]
+    Dim {
+        /// The role's.
+        dim: usize,
+        /// How many there are.
+        dims: usize,
+    },
+    /// Of no projection at all.
+    #[error("0 projections are fused, where a projection alone counts 1")]
+    Fused,
+    /// Units that are not all as wide.
+    #[error("the {length} features of dim {dim} are not {fused} × {count} units of equal width")]
+    Features {
+        /// The dim.
+        dim: usize,
+        /// Its extent.
+        length: usize,
+        /// How many projections are fused.
+        fused: usize,
+        /// The units of each.
+        count: usize,
+    },
+    /// Heads that are wider or narrower than they are.
+    #[error(
+        "the {length} features of dim {dim} are not {fused} × {count} heads of {width}; say how many projections are \
+         fused, and where a head has other features here, give heads of that dim"
+    )]
+    Heads {
+        /// The dim.
+        dim: usize,
+        /// Its extent.
+        length: usize,
+        /// How many projections are fused.
+        fused: usize,
+        /// The heads of each.
+        count: usize,
+        /// The features of each head.
+        width: usize,
+    },
+}
+
 impl Role {
+    /// Holds a parameter's shape to this role, whether or not a strategy cuts by it.
+    ///
+    /// # Errors
+    /// [`RoleError`] with the parameter and what does not fit.
+    pub fn check(self, path: &str, shape: &[usize]) -> Result<(), RoleError> {
+        self.misfit(shape).map_err(|misfit| RoleError {
+            path: path.to_owned(),
+            shape: shape.to_vec(),
+            role: self,
+            misfit,
+        })
+    }
+
+    fn misfit(self, shape: &[usize]) -> Result<(), Misfit> {
+        let (dim, cut) = match self {
+            Self::Replicated => return Ok(()),
+            Self::Table { dim, .. } => (dim, None),
+            Self::Columns { dim, fused, units } => (dim, Some((fused, units))),
+            Self::Rows { dim, units } => (dim, Some((1, units))),
+        };
+        let dims = shape.len();
+        let &length = shape.get(dim).ok_or(Misfit::Dim { dim, dims })?;
+        let Some((fused, units)) = cut else {
+            return Ok(());
+        };
+        let count = units.count();
+        let all = fused.saturating_mul(count);
+        match units {
+            _ if fused == 0 => Err(Misfit::Fused),
+            Units::Query(heads) | Units::KeyValue(heads)
+                if length != all.saturating_mul(heads.dim) =>
+            {
+                Err(Misfit::Heads {
+                    dim,
+                    length,
+                    fused,
+                    count,
+                    width: heads.dim,
+                })
+            }
+            Units::Features(_) if !length.is_multiple_of(all) => Err(Misfit::Features {
+                dim,
+                length,
+                fused,
+                count,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// This role in the stage at a position of the model's list: only there may a mixture's strategy shard it.
     pub fn in_stage(self, stage: usize) -> Part {
         Part {
@@ -693,7 +805,7 @@ impl From<Role> for Part {
 /// A parameter, as [`SequenceParallel::placement`] is told of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Parameter<'a> {
-    /// What it is for.
+    /// What it is for. Its shape fits it.
     pub role: Role,
     /// Its whole shape.
     pub shape: &'a [usize],

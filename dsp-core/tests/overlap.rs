@@ -79,7 +79,7 @@ impl Toy {
     }
 
     fn role(path: &str) -> Role {
-        let units = Units::Features(2);
+        let units = Units::Features(1);
         match path {
             "sharded" => Role::Columns {
                 dim: 1,

@@ -15,8 +15,8 @@ use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::{StageError, Watch};
 use dsp_core::strategy::{
-    AttentionStage, OutputLayout, Parameter, Placement, Role, Scope, StageKind, StagePlan, Units,
-    add_bias,
+    AttentionStage, Misfit, OutputLayout, Parameter, Placement, Role, RoleError, Scope, StageKind,
+    StagePlan, Units, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
@@ -179,6 +179,90 @@ fn channels_that_are_not_the_declared_heads_are_refused() {
         "their channels must be 1, 1 and 1 heads of 2: those that this rank holds"
     );
     stage.attend(x(4), x(2), x(2)).unwrap_err();
+}
+
+#[test]
+fn a_role_is_held_to_a_parameters_shape() {
+    let heads = Heads {
+        query: 4,
+        key_value: 2,
+        dim: 3,
+    };
+    let columns = |dim, fused, units| Role::Columns { dim, fused, units };
+    let rows = |dim, units| Role::Rows { dim, units };
+    let table = |dim| {
+        let axis = SeqAxis::FIRST;
+        Role::Table { dim, axis }
+    };
+    let gates = Units::Query(Heads { dim: 1, ..heads });
+    for (role, shape) in [
+        (Role::Replicated, vec![]),
+        (table(1), vec![1, 5]),
+        (columns(1, 1, Units::Query(heads)), vec![7, 12]),
+        (columns(0, 2, Units::KeyValue(heads)), vec![12]),
+        (columns(1, 1, gates), vec![7, 4]),
+        (columns(1, 2, Units::Features(5)), vec![7, 20]),
+        (rows(0, Units::Query(heads)), vec![12, 7]),
+        (rows(0, Units::Features(0)), vec![0, 7]),
+    ] {
+        role.check("it", &shape).unwrap();
+    }
+    let all = Units::Features(usize::MAX);
+    for (role, shape, misfit) in [
+        (table(2), vec![1, 5], Misfit::Dim { dim: 2, dims: 2 }),
+        (rows(1, all), vec![5], Misfit::Dim { dim: 1, dims: 1 }),
+        (columns(0, 0, all), vec![5], Misfit::Fused),
+        (
+            columns(0, 1, Units::Query(heads)),
+            vec![36],
+            Misfit::Heads {
+                dim: 0,
+                length: 36,
+                fused: 1,
+                count: 4,
+                width: 3,
+            },
+        ),
+        (
+            rows(0, Units::KeyValue(heads)),
+            vec![12, 7],
+            Misfit::Heads {
+                dim: 0,
+                length: 12,
+                fused: 1,
+                count: 2,
+                width: 3,
+            },
+        ),
+        (
+            columns(1, 3, Units::Features(4)),
+            vec![7, 20],
+            Misfit::Features {
+                dim: 1,
+                length: 20,
+                fused: 3,
+                count: 4,
+            },
+        ),
+        (
+            columns(1, 3, all),
+            vec![7, 20],
+            Misfit::Features {
+                dim: 1,
+                length: 20,
+                fused: 3,
+                count: usize::MAX,
+            },
+        ),
+    ] {
+        let expected = RoleError {
+            path: "it".to_owned(),
+            shape: shape.clone(),
+            role,
+            misfit,
+        };
+        assert_eq!(role.check("it", &shape), Err(expected));
+    }
 }
 
 #[test]

@@ -6,11 +6,13 @@ mod common;
 
 use std::sync::Arc;
 
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use common::{Case, Checkpointing, Sub, attend};
-use dsp_core::strategy::{Form, MOST_RANKS, OutputLayout, StageKind};
+use dsp_core::error::CommError;
+use dsp_core::strategy::{Form, MOST_RANKS, OutputLayout, Part, Role, StageKind, Units};
 use dsp_core::{
-    AxisSet, Error, Group, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session,
+    AxisSet, Error, Group, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session,
 };
 use dsp_strategies::{Dsp, Lss, Megatron, Serial, Ulysses, Usp, by_name};
 
@@ -397,4 +399,71 @@ fn a_sub_layer_that_is_not_sharded_where_its_terms_are_summed_is_an_error_that_n
              of rows: give Session::place the roles of its projections, in this stage"
         );
     }
+}
+
+/// A feed-forward layer of 10 features.
+#[derive(Module, Debug)]
+struct Mlp {
+    up: Param<Tensor<2>>,
+    down: Param<Tensor<2>>,
+}
+
+fn columns(units: Units) -> Role {
+    Role::Columns {
+        dim: 1,
+        fused: 1,
+        units,
+    }
+}
+
+fn role(path: &str, units: Units) -> Part {
+    let rows = Role::Rows { dim: 0, units };
+    if path == "up" { columns(units) } else { rows }.in_stage(0)
+}
+
+/// Ten features are not three units: the last would be held by nobody, and the sum would lack it.
+#[test]
+#[should_panic(
+    expected = "parameter \"up\" of shape [3, 10] was placed with the role Columns { dim: 1, fused: 1, units: Features(3) }, \
+                which does not fit: the 10 features of dim 1 are not 1 × 3 units of equal width"
+)]
+fn units_that_do_not_divide_a_projection_are_refused_where_it_is_placed() {
+    let group = Group::alone();
+    let model = case(&[4], (2, 2), vec![Sub::Mlp]).shape();
+    let session = Session::new(Arc::new(Megatron), group, model).unwrap();
+    let matrix = |shape| Param::from_tensor(Tensor::ones(shape, &Device::flex()));
+    let mlp = Mlp {
+        up: matrix([3, 10]),
+        down: matrix([10, 3]),
+    };
+    session.place(&mlp, |path| role(path, Units::Features(3)), &Device::flex());
+}
+
+/// Of `[q | k | v]` as one projection a rank would hold the queries and half of the keys.
+#[test]
+fn a_fused_projection_that_is_not_said_to_be_one_ends_all_ranks_with_its_name() {
+    #[derive(Module, Debug)]
+    struct Qkv {
+        qkv: Param<Tensor<2>>,
+    }
+    let error = dsp_core::launch(2, |group: Group| -> Result<_, Error> {
+        let model = case(&[4], (4, 4), vec![attend(&[0])]).shape();
+        let session = Session::new(Arc::new(Megatron), group, model)?;
+        let qkv = Param::from_tensor(Tensor::ones([8, 24], &Device::flex()));
+        let heads = Units::Query(Heads::multi(4, 2));
+        let roles = |_: &str| columns(heads).in_stage(0);
+        session.place(&Qkv { qkv }, roles, &Device::flex());
+        Ok(())
+    })
+    .unwrap_err();
+    let CommError::Panicked { message, .. } = &error.root else {
+        panic!("{error}");
+    };
+    assert!(
+        message.ends_with(
+            "which does not fit: the 24 features of dim 1 are not 1 × 4 heads of 2; say how many projections are fused, \
+             and where a head has other features here, give heads of that dim"
+        ),
+        "{message}"
+    );
 }
