@@ -92,7 +92,11 @@ pub(crate) fn times_and_bias<const D: usize>(
 ) -> Tensor<D> {
     let mut dims = x.dims();
     let (rows, [inputs, outputs]) = (rows_of(&dims), matrix.dims());
-    assert_eq!(dims[D - 1], inputs, "a linear layer's input has its width");
+    let given = dims[D - 1];
+    assert!(
+        given == inputs,
+        "a linear layer of {inputs} input features was given {given}"
+    );
     dims[D - 1] = outputs;
     if rows * inputs * outputs == 0 {
         let zeros = Tensor::zeros(dims, (&x.device(), x.dtype()));

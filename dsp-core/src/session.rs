@@ -1,7 +1,7 @@
 //! A model's run under a strategy, on one rank: [`Session`] walks it through the plan, stage by stage.
 //!
-//! What a verb returns is held against the plan, so that a forgotten switch is an error that names the axis and
-//! never a wrong number; each verb is a span of the trace.
+//! What a verb returns is held against the plan, and what it takes too, but for `arrange`, which may be given any layout:
+//! a forgotten switch is an error that names the axis and never a wrong number. Each verb is a span of the trace.
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
@@ -67,6 +67,22 @@ pub enum StageError {
         index: usize,
         /// Its name.
         name: String,
+    },
+    /// A sub-layer's last projection, and what comes to it, of different widths.
+    #[error(
+        "stage {index} ({name:?}) ends with a projection of {inputs} input features on this rank, and {given} come to it: \
+         give Session::place the role of columns for what leads to them and of rows for this one, in the same units and \
+         in this stage"
+    )]
+    Width {
+        /// The stage's position.
+        index: usize,
+        /// Its name.
+        name: String,
+        /// The input features of the projection that the rank holds.
+        inputs: usize,
+        /// The features that it was given.
+        given: usize,
     },
     /// Stages were left over.
     #[error("the model ran {run} of the {declared} stages that it declared")]
@@ -564,13 +580,16 @@ impl<'a> StageRun<'a> {
     /// [`SequenceParallel::attend`].
     ///
     /// # Errors
-    /// [`Error`] if the ranks fail or the shapes do not fit; [`StageError::Kind`] if the stage is no
+    /// [`Error`] if the ranks fail or the shapes or layouts do not fit; [`StageError::Kind`] if the stage is no
     /// self-attention; [`Error::LinearDropout`] for dropout of a linear attention.
     pub fn attend_with(&self, qkv: [Shard; 3], options: Attend) -> Result<Attended, Error> {
         let Attend { logsumexp, dropout } = options;
         let scope = self.scope();
         let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
         let attention = self.self_attention()?;
+        let laid_out = |x| Self::expect("attend", &scope.plan.inner, x);
+        let [query, key, value] = qkv;
+        let qkv = [laid_out(query)?, laid_out(key)?, laid_out(value)?];
         let heads = self.held_heads(attention.heads);
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
@@ -588,8 +607,8 @@ impl<'a> StageRun<'a> {
             },
         )?;
         Ok(Attended {
-            output: lookout.gives(attended.output)?,
-            ..attended
+            output: lookout.gives(laid_out(attended.output)?)?,
+            logsumexp: attended.logsumexp.map(laid_out).transpose()?,
         })
     }
 
@@ -605,6 +624,7 @@ impl<'a> StageRun<'a> {
         let heads = self.held_heads(attention.heads);
         let lookout = self.lookout("join");
         lookout.takes(&x)?;
+        let x = Self::expect("join", &scope.plan.inner, x)?;
         let x = self.session.strategy.join(
             x,
             &AttentionScope {
@@ -634,7 +654,7 @@ impl<'a> StageRun<'a> {
     /// The cross-attention to keys and values that every rank holds: [`attention::cross_attention`].
     ///
     /// # Errors
-    /// [`Error::Shape`] if the shapes do not fit, [`StageError::Kind`] if the stage is no cross-attention.
+    /// [`Error`] if the shapes or layouts do not fit, [`StageError::Kind`] if the stage is no cross-attention.
     pub fn cross_attend(
         &self,
         query: Shard,
@@ -653,6 +673,7 @@ impl<'a> StageRun<'a> {
             }
             .into());
         };
+        let query = Self::expect("cross_attend", &scope.plan.inner, query)?;
         let held = self.held_heads(heads);
         attention::cross_attention(query, key, value, (&held, heads.dim), lengths)
     }
@@ -670,15 +691,10 @@ impl<'a> StageRun<'a> {
     pub fn leave(&self, x: Shard, bias: Option<Tensor<1>>) -> Result<Shard, Error> {
         let scope = self.scope();
         let _span = tracing::info_span!("leave", stage = %scope.stage.name).entered();
-        if scope.plan.value == Value::Partial && !self.session.sharded().contains(&self.index) {
-            return Err(StageError::Unsharded {
-                index: self.index,
-                name: scope.stage.name.clone(),
-            }
-            .into());
-        }
+        self.check_sharded()?;
         let lookout = self.lookout("leave");
         lookout.takes(&x)?;
+        let x = Self::expect("leave", &scope.plan.inner, x)?;
         let x = self.session.strategy.leave(x, bias, &scope)?;
         lookout.gives(Self::expect("leave", &scope.plan.residual, x)?)
     }
@@ -699,8 +715,39 @@ impl<'a> StageRun<'a> {
         weight: Tensor<2>,
         bias: Option<Tensor<1>>,
     ) -> Result<Shard, Error> {
+        self.check_sharded()?;
+        let x = self.fitting("leave", x, &weight)?;
         let x = x.map(|x| affine(x, weight, None))?;
         self.leave(x, bias)
+    }
+
+    /// Holds a sub-layer of which each rank is to give its terms to the roles of its parameters.
+    fn check_sharded(&self) -> Result<(), StageError> {
+        let scope = self.scope();
+        if scope.plan.value == Value::Complete || self.session.sharded().contains(&self.index) {
+            return Ok(());
+        }
+        Err(StageError::Unsharded {
+            index: self.index,
+            name: scope.stage.name.clone(),
+        })
+    }
+
+    /// What comes to a sub-layer's last projection, which takes its channels.
+    fn fitting(&self, place: &'static str, x: Shard, weight: &Tensor<2>) -> Result<Shard, Error> {
+        let scope = self.scope();
+        let x = Self::expect(place, &scope.plan.inner, x)?;
+        let ([inputs, _], [.., given]) = (weight.dims(), x.tensor().dims());
+        if inputs != given {
+            return Err(StageError::Width {
+                index: self.index,
+                name: scope.stage.name.clone(),
+                inputs,
+                given,
+            }
+            .into());
+        }
+        Ok(x)
     }
 
     /// Ends a sub-layer: `x + gate·(h·W + b)`, the bias added once, after any reduction. `x` is the residual stream
@@ -718,7 +765,7 @@ impl<'a> StageRun<'a> {
         if let Some(to) = self.switch_in_parts() {
             let _span = tracing::info_span!("end", stage = %scope.stage.name).entered();
             let x = Self::expect("end", &scope.plan.residual, x)?;
-            let h = Self::expect("end", &scope.plan.inner, h)?;
+            let h = self.fitting("end", h, &ending.weight)?;
             return ending::switched(x, h, ending, to, self.session.switch_parts, scope.group);
         }
         let Ending { weight, bias, gate } = ending;

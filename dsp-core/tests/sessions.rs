@@ -10,13 +10,14 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
+use dsp_core::attention::Attended;
 use dsp_core::gradients::reduced_parameters;
 use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
 use dsp_core::session::{StageError, Watch};
 use dsp_core::strategy::{
-    AttentionStage, Misfit, OutputLayout, Parameter, Placement, Role, RoleError, Scope, StageKind,
-    StagePlan, Units, add_bias,
+    AttentionScope, AttentionStage, Misfit, OutputLayout, Parameter, Placement, Role, RoleError,
+    Scope, StageKind, StagePlan, Units, add_bias,
 };
 use dsp_core::{
     AxisSet, CommError, Error, Group, Heads, Layout, Loss, Mask, ModelShape, PlanError, SeqAxis,
@@ -262,6 +263,63 @@ fn a_role_is_held_to_a_parameters_shape() {
             misfit,
         };
         assert_eq!(role.check("it", &shape), Err(expected));
+    }
+}
+
+/// Attends, and forgets to go back.
+#[derive(Debug)]
+struct Astray;
+
+impl SequenceParallel for Astray {
+    fn name(&self) -> &'static str {
+        "astray"
+    }
+
+    fn plan_stage(
+        &self,
+        _model: &ModelShape,
+        _stage: &Stage,
+        residual: &Layout,
+        ranks: usize,
+    ) -> Result<StagePlan, PlanError> {
+        Ok(StagePlan::local(residual, ranks))
+    }
+
+    fn attend(&self, qkv: [Shard; 3], scope: &AttentionScope<'_>) -> Result<Attended, Error> {
+        let [query, ..] = qkv;
+        let whole = Layout::whole(query.layout().lengths());
+        Ok(Attended {
+            output: collective::relayout(query, &whole, scope.scope.group)?,
+            logsumexp: None,
+        })
+    }
+}
+
+#[test]
+fn verbs_refuse_what_is_not_laid_out_as_planned_and_an_attention_that_returns_it() {
+    let seen = launch(2, |group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Astray), group, model())?;
+        let stage = session.stages().attention()?;
+        let whole = Tensor::zeros([1, 3, 2, 1, 2], &Device::flex());
+        let own = session.split(whole.clone())?;
+        let other = Shard::new(whole, Layout::whole([3, 2, 1]), own.rank())?;
+        let own = || own.clone();
+        let other = || other.clone();
+        let strays = [
+            stage.attend(own(), own(), own()),
+            stage.attend(other(), own(), own()),
+            stage.attend(own(), other(), own()),
+            stage.attend(own(), own(), other()),
+            stage.join(other()),
+            stage.leave(other(), None),
+        ];
+        Ok(strays.map(|outcome| outcome.unwrap_err().to_string()))
+    });
+    for errors in seen.unwrap() {
+        for (verb, error) in ["attend"; 4].iter().chain(&["join", "leave"]).zip(errors) {
+            let expected = format!("{verb} expects [3/2, 2, 1], but was given [3, 2, 1]");
+            assert_eq!(error, expected);
+        }
     }
 }
 

@@ -12,7 +12,8 @@ use common::{Case, Checkpointing, Sub, attend};
 use dsp_core::error::CommError;
 use dsp_core::strategy::{Form, MOST_RANKS, OutputLayout, Part, Role, StageKind, Units};
 use dsp_core::{
-    AxisSet, Error, Group, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel, Session,
+    AxisSet, Ending, Error, Group, Heads, Mask, ModelShape, PlanError, SeqAxis, SequenceParallel,
+    Session,
 };
 use dsp_strategies::{Dsp, Lss, Megatron, Serial, Ulysses, Usp, by_name};
 
@@ -408,6 +409,8 @@ struct Mlp {
     down: Param<Tensor<2>>,
 }
 
+const INNER: Units = Units::Features(10);
+
 fn columns(units: Units) -> Role {
     Role::Columns {
         dim: 1,
@@ -419,6 +422,61 @@ fn columns(units: Units) -> Role {
 fn role(path: &str, units: Units) -> Part {
     let rows = Role::Rows { dim: 0, units };
     if path == "up" { columns(units) } else { rows }.in_stage(0)
+}
+
+/// Runs it on two ranks, whose parameters have these roles, under Megatron-SP.
+fn sharded(roles: fn(&str) -> Part) -> Result<(), Error> {
+    let outcome = dsp_core::launch(2, move |group: Group| -> Result<_, Error> {
+        let model = case(&[4], (2, 2), vec![Sub::Mlp]).shape();
+        let session = Session::new(Arc::new(Megatron), group, model)?;
+        let matrix = |shape| Param::from_tensor(Tensor::ones(shape, &Device::flex()));
+        let mlp = Mlp {
+            up: matrix([3, 10]),
+            down: matrix([10, 3]),
+        };
+        let mlp = session.place(&mlp, roles, &Device::flex()).module;
+        let stage = session.stages().feed_forward()?;
+        let x = session.split(Tensor::ones([1, 4, 1, 1, 3], &Device::flex()))?;
+        let x = stage.arrange(x)?;
+        let up = mlp.up.val().unsqueeze();
+        let h = stage.enter(x.clone())?.map(|x| x.matmul(up))?;
+        let ending = Ending {
+            weight: mlp.down.val(),
+            bias: None,
+            gate: None,
+        };
+        Ok(stage.end(x, h, ending).map(|_| ()))
+    });
+    outcome.unwrap().swap_remove(1)
+}
+
+#[test]
+fn a_sub_layer_of_which_one_projection_was_given_no_role_is_an_error_that_names_it() {
+    sharded(|path| role(path, INNER)).unwrap();
+    let only = |forgotten: &str| {
+        let roles: fn(&str) -> Part = match forgotten {
+            "up" => |path| match path {
+                "down" => role(path, INNER),
+                _ => Role::Replicated.in_stage(0),
+            },
+            _ => |path| match path {
+                "up" => role(path, INNER),
+                _ => Role::Replicated.in_stage(0),
+            },
+        };
+        sharded(roles).unwrap_err().to_string()
+    };
+    assert_eq!(
+        only("up"),
+        "stage 0 (\"sub 0\") ends with a projection of 5 input features on this rank, and 10 come to it: give \
+         Session::place the role of columns for what leads to them and of rows for this one, in the same units and in \
+         this stage"
+    );
+    assert!(
+        only("down").contains("no parameter of it was placed with the role of rows"),
+        "{}",
+        only("down")
+    );
 }
 
 /// Ten features are not three units: the last would be held by nobody, and the sum would lack it.
@@ -466,4 +524,63 @@ fn a_fused_projection_that_is_not_said_to_be_one_ends_all_ranks_with_its_name() 
         ),
         "{message}"
     );
+}
+
+#[test]
+fn a_forgotten_enter_is_an_error_that_names_the_layouts() {
+    let model = case(&[4], (2, 2), vec![attend(&[0]), Sub::Text]).shape();
+    let errors = dsp_core::launch(2, move |group: Group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Megatron), group, model.clone())?;
+        let mut stages = session.stages();
+        let (attention, text) = (stages.attention()?, stages.cross_attention()?);
+        // Of one of two heads each.
+        let x = session.split(Tensor::zeros([1, 4, 1, 1, common::HEAD], &Device::flex()))?;
+        let keys = Tensor::zeros([1, 3, common::HEAD], &Device::flex());
+        Ok([
+            attention
+                .attend(x.clone(), x.clone(), x.clone())
+                .map(|_| ()),
+            text.cross_attend(x, keys.clone(), keys, [3].into())
+                .map(|_| ()),
+        ]
+        .map(|outcome| outcome.unwrap_err().to_string()))
+    });
+    for [attend, cross_attend] in errors.unwrap() {
+        assert_eq!(
+            attend,
+            "attend expects [4, 1, 1], but was given [4/2, 1, 1]"
+        );
+        assert_eq!(
+            cross_attend,
+            "cross_attend expects [4, 1, 1], but was given [4/2, 1, 1]"
+        );
+    }
+}
+
+/// Where the end of a sub-layer and the switch after it are one operation, too.
+#[test]
+fn a_last_projection_of_another_width_is_an_error_also_where_the_switch_goes_in_parts() {
+    let subs = vec![attend(&[0]), attend(&[1])];
+    let model = case(&[4, 6], (2, 2), subs).shape();
+    let errors = dsp_core::launch(2, move |group: Group| -> Result<_, Error> {
+        let session = Session::new(Arc::new(Dsp), group, model.clone())?;
+        let session = session.switching_in(2.try_into().unwrap());
+        let stage = session.stages().attention()?;
+        let x = session.split(Tensor::zeros([1, 4, 6, 1, 4], &Device::flex()))?;
+        let ending = Ending {
+            weight: Tensor::zeros([3, 4], &Device::flex()),
+            bias: None,
+            gate: None,
+        };
+        let x = stage.arrange(x)?;
+        Ok(stage.end(x.clone(), x, ending).unwrap_err().to_string())
+    });
+    for error in errors.unwrap() {
+        assert!(
+            error.starts_with(
+                "stage 0 (\"sub 0\") ends with a projection of 3 input features on this rank, and 4 come to it: "
+            ),
+            "{error}"
+        );
+    }
 }
