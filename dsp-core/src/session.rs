@@ -584,6 +584,8 @@ impl<'a> StageRun<'a> {
     /// self-attention; [`Error::LinearDropout`] for dropout of a linear attention.
     pub fn attend_with(&self, qkv: [Shard; 3], options: Attend) -> Result<Attended, Error> {
         let Attend { logsumexp, dropout } = options;
+        // What drops nothing asks for no draws, and is no dropout for a linear attention to refuse.
+        let dropout = dropout.filter(|dropout| dropout.probability() > 0.0);
         let scope = self.scope();
         let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
         let attention = self.self_attention()?;

@@ -10,11 +10,11 @@ use burn::module::{Module, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor};
 use common::{bits, random, values};
-use dsp_core::attention::Attended;
+use dsp_core::attention::{Attended, Dropout, DropoutKey};
 use dsp_core::gradients::reduced_parameters;
 use dsp_core::layout::{LayoutError, MeshAxis};
 use dsp_core::ledger::{Collective, Phase};
-use dsp_core::session::{StageError, Watch};
+use dsp_core::session::{Attend, StageError, Watch};
 use dsp_core::strategy::{
     AttentionScope, AttentionStage, Misfit, OutputLayout, Parameter, Placement, Role, RoleError,
     Scope, StageKind, StagePlan, Units, add_bias,
@@ -351,6 +351,32 @@ fn a_strategy_without_a_layout_is_told_so() {
         Nowhere.plan(&model(), 2).unwrap_err().to_string(),
         "nowhere cannot run on 2 ranks: it names no layout of the residual stream, and needs at least one"
     );
+}
+
+#[test]
+fn to_drop_with_probability_0_is_no_dropout() {
+    let mut linear = model();
+    let axes = AxisSet::of(&[SeqAxis::SECOND]);
+    let attention = AttentionStage::linear(axes, Heads::multi(1, 2), [0.5].into());
+    linear.stages[0].kind = StageKind::Attention(attention);
+    let session = Session::new(Arc::new(Blocks), Group::alone(), linear).unwrap();
+    let stage = session.stages().attention().unwrap();
+    let x = session
+        .split(random([1, 3, 2, 1, 2], 3, DType::F64))
+        .unwrap();
+    let attend = |probability: f64| {
+        let dropout = Dropout::new(probability, DropoutKey::default()).unwrap();
+        let options = Attend {
+            dropout: Some(dropout),
+            ..Attend::default()
+        };
+        stage.attend_with([x.clone(), x.clone(), x.clone()], options)
+    };
+    let without = stage.attend(x.clone(), x.clone(), x.clone()).unwrap();
+    let with = attend(0.0).unwrap().output;
+    assert_eq!(bits(with.tensor()), bits(without.tensor()));
+    let refusal = Error::LinearDropout { probability: 0.1 };
+    assert_eq!(attend(0.1).unwrap_err(), refusal);
 }
 
 #[test]
