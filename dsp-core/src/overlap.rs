@@ -71,8 +71,8 @@ impl Overlap {
     /// Begins a reduction: returns the module that the backward pass is to come through, and which reports its
     /// gradients on the way. `earlier` is what earlier parts of the step have left, to be added.
     ///
-    /// The module is good for one forward and backward pass; parameters that it does not use count with `earlier`
-    /// alone.
+    /// The module is good for one forward and backward pass, and Burn panics in a second one; parameters that it does not
+    /// use count with `earlier` alone.
     pub fn begin<M: Module>(
         &self,
         placed: &Placed<M>,

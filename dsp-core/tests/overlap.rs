@@ -259,3 +259,38 @@ fn a_rank_that_fails_in_its_backward_pass_ends_those_that_wait_for_its_gradients
         "{error}"
     );
 }
+
+/// What the first pass gave is on its way, and what the second one gives would be left out: Burn refuses it, because the
+/// first pass has used up what the module's parameters are attached to.
+#[test]
+fn a_module_that_comes_through_two_backward_passes_ends_the_ranks() {
+    let toy = Arc::new(Toy::new(DType::F64));
+    for bucket in [1, 1000] {
+        let toy = toy.clone();
+        let error = launch(2, move |group| -> Result<(), Error> {
+            let model = ModelShape {
+                batch: 1,
+                lengths: vec![5],
+                hidden: 2,
+                stages: vec![],
+                output: OutputLayout::Free,
+            };
+            let session = Session::new(Arc::new(Cutting), group.clone(), model)?;
+            let placed = session.place(&*toy, Toy::role, &device(DType::F64).autodiff());
+            let overlap = Overlap::new(&session, NonZeroUsize::new(bucket).unwrap())?;
+            let (module, reduction) = overlap.begin(&placed, GradientsParams::new());
+            session.backward(Loss::OfShard(module.loss(0, 0, true)))?;
+            let mut gradients = session.backward(Loss::OfShard(module.loss(0, 1, true)))?;
+            reduction.finish(&mut gradients, &placed)?;
+            Ok(())
+        })
+        .unwrap_err();
+        let CommError::Panicked { message, .. } = &error.root else {
+            panic!("{error}");
+        };
+        assert!(
+            message.contains("graph tape has already been consumed"),
+            "{message}"
+        );
+    }
+}
