@@ -3,8 +3,9 @@
 use std::convert::Infallible;
 use std::f64::consts::{FRAC_2_SQRT_PI, SQRT_2};
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
+use super::is_half;
 use crate::vjp::attach1;
 
 /// `2·√(2/π)`: the form's tanh is that of a logistic function at twice its argument.
@@ -12,7 +13,7 @@ const SLOPE: f64 = 2.0 * FRAC_2_SQRT_PI / SQRT_2;
 /// `2·√(2/π)·0.044715`.
 const CUBIC: f64 = SLOPE * 0.044715;
 /// Of an `x²` beyond it the tanh is ±1 to the last bit of every type. There its derivative is 0 and must meet no
-/// infinite one of its argument, as in f16 it would from 256 on: so `x²` goes no further.
+/// infinite one of its argument: so `x²` goes no further.
 const SETTLED: f64 = 1024.0;
 
 /// `½·x·(1 + tanh(√(2/π)·(x + 0.044715·x³)))` (Hendrycks and Gimpel, arXiv:1606.08415).
@@ -30,7 +31,13 @@ pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     })
 }
 
+// Where x is negative its share is the difference of near numbers, which 16 bits would lose: of those, all is in f32.
+
 fn forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let dtype = x.dtype();
+    if is_half(dtype) {
+        return forward(x.cast(DType::F32)).cast(dtype);
+    }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&x) {
         use super::rows::Native;
@@ -43,6 +50,10 @@ fn forward<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 }
 
 fn backward<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<D> {
+    let dtype = x.dtype();
+    if is_half(dtype) {
+        return backward(x.cast(DType::F32), gradient.cast(DType::F32)).cast(dtype);
+    }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&x) {
         use super::rows::Native;

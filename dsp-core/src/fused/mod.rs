@@ -8,7 +8,7 @@
 //! and is what the tests hold the other to; and on Flex a loop over the rows of the last dim, for f32 and f64, through
 //! whatever strides the tensor has, vectorised for the processor that it runs on, in blocks that the threads of the
 //! rank's pool share. Sums over positions are taken block by block in an order that does not depend on the threads.
-//! What sums, of half-precision tensors, sums in f32 and is rounded once.
+//! What sums, of half-precision tensors, sums in f32 and is rounded once; so is GELU.
 
 #[cfg(feature = "flex")]
 mod blocks;
@@ -43,7 +43,7 @@ pub use swiglu::swiglu;
 
 use burn::tensor::DType;
 
-/// Whether sums of such values are taken in f32.
+/// Whether such values are computed with in f32, where that is more than a product or a sum of two.
 fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
 }

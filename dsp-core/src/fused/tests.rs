@@ -379,11 +379,43 @@ fn far_from_zero_gelu_and_swiglu_are_the_identity_or_nothing() {
 /// Of f16 the square of 256 is infinite.
 #[test]
 fn gelu_of_16_bits_has_a_slope_where_squares_do_not_fit() {
-    let given = [-60_000.0, -300.0, -8.0, 0.0, 8.0, 300.0, 60_000.0];
+    let given = [-60_000.0, -300.0, -20.0, 0.0, 8.0, 300.0, 60_000.0];
     for dtype in [DType::F16, DType::BF16] {
         let x = Tensor::<1>::from_data(given, (&Device::flex(), dtype));
-        let slopes = values(&gelu::portable_backward(x.clone(), x.ones_like()));
+        let (_, slopes) = gelu_and_slopes(x);
         assert_eq!(slopes, [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0]);
+    }
+}
+
+fn gelu_and_slopes(x: Tensor<1>) -> (Vec<f64>, Vec<f64>) {
+    let leaf = x.autodiff().require_grad();
+    let y = gelu_tanh(leaf.clone());
+    let gradients = y.clone().sum().backward();
+    (values(&y), values(&leaf.grad(&gradients).unwrap()))
+}
+
+/// Its negative tail is the difference of near numbers, and so is how far its slope is above 1.
+#[test]
+fn gelu_of_16_bits_and_its_slope_are_rounded_once() {
+    let given: Vec<f64> = (-128..=128).map(|step| f64::from(step) / 32.0).collect();
+    let of = |dtype| {
+        let data = TensorData::new(given.clone(), [given.len()]);
+        gelu_and_slopes(Tensor::from_data(data, (&Device::flex(), dtype)))
+    };
+    let (expected, expected_slopes) = of(DType::F64);
+    for (dtype, half_a_place) in [(DType::F16, 2f64.powi(-11)), (DType::BF16, 2f64.powi(-8))] {
+        let (found, slopes) = of(dtype);
+        let pairs = found.iter().zip(&expected);
+        let pairs = pairs.chain(slopes.iter().zip(&expected_slopes));
+        for ((found, expected), x) in pairs.zip(given.iter().chain(&given)) {
+            // And of what lies far below 1, what f32 and the smallest numbers of f16 leave.
+            let tolerance = 1.01 * half_a_place * expected.abs() + 2e-7;
+            let error = (found - expected).abs();
+            assert!(
+                error <= tolerance,
+                "{dtype:?} {x}: {found} instead of {expected}"
+            );
+        }
     }
 }
 
