@@ -15,7 +15,7 @@ use crate::vjp::attach3;
 ///
 /// # Shapes
 /// - `x`: `[…, C]`
-/// - `weight`, `bias`: `[…, C]`, of one shape: the dims of `x` or 1
+/// - `weight`, `bias`: `[…, C]`, of one shape: the dims of `x` or 1; of one dtype, where `x` is in 16 bits also f32
 /// - returns: as `x`
 ///
 /// # Gradient
@@ -77,10 +77,15 @@ fn backward<const D: usize>(
     epsilon: f64,
     groups: Option<usize>,
 ) -> [Tensor<D>; 3] {
-    let dtype = inputs[0].dtype();
+    let [dtype, of_vectors, _] = inputs.each_ref().map(Tensor::dtype);
     if is_half(dtype) {
         let inputs = inputs.map(|input| input.cast(DType::F32));
-        return backward(inputs, epsilon, groups).map(|gradient| gradient.cast(dtype));
+        let [dx, dweight, dbias] = backward(inputs, epsilon, groups);
+        return [
+            dx.cast(dtype),
+            dweight.cast(of_vectors),
+            dbias.cast(of_vectors),
+        ];
     }
     #[cfg(feature = "flex")]
     if let (Some(native), Some(groups)) = (super::rows::native(&inputs[0]), groups) {

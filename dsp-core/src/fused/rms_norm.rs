@@ -13,7 +13,7 @@ use crate::vjp::attach2;
 /// arXiv:1910.07467): of a head, or of all channels.
 ///
 /// # Shapes
-/// - `x`: `[…, n·c]`; `weight`: `[c]`
+/// - `x`: `[…, n·c]`; `weight`: `[c]`, where `x` is in 16 bits also in f32
 /// - returns: as `x`
 ///
 /// # Gradient
@@ -61,11 +61,11 @@ fn backward<const D: usize>(
     weight: Tensor<1>,
     epsilon: f64,
 ) -> (Tensor<D>, Tensor<1>) {
-    let dtype = weight.dtype();
+    let (dtype, of_weight) = (inputs[0].dtype(), weight.dtype());
     if is_half(dtype) {
         let inputs = inputs.map(|input| input.cast(DType::F32));
         let (dx, dweight) = backward(inputs, weight.cast(DType::F32), epsilon);
-        return (dx.cast(dtype), dweight.cast(dtype));
+        return (dx.cast(dtype), dweight.cast(of_weight));
     }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&inputs[0]) {

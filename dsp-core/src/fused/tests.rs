@@ -541,6 +541,38 @@ fn norms_and_sums_of_half_precision_are_taken_in_single_and_rounded_once() {
     }
 }
 
+/// As a model's own weights are where its activations pass in 16 bits.
+#[test]
+fn norms_of_16_bits_take_vectors_of_single_precision_and_give_their_gradients_so() {
+    fn check<const N: usize>(narrow: [Tensor<4>; N], norm: impl Fn([Tensor<4>; N]) -> Tensor<4>) {
+        let mut mixed = narrow.clone();
+        for vector in &mut mixed[1..] {
+            *vector = vector.clone().cast(DType::F32);
+        }
+        let (expected, expected_gradients) = differentiated(&narrow, &norm, Lies::EndToEnd);
+        let (found, gradients) = differentiated(&mixed, &norm, Lies::EndToEnd);
+        assert_eq!(found.dtype(), DType::BF16);
+        assert_eq!(values(&found), values(&expected));
+        for ((found, expected), input) in gradients.iter().zip(&expected_gradients).zip(&mixed) {
+            assert_eq!(found.dtype(), input.dtype());
+            let rounded = found.clone().cast(DType::BF16);
+            assert_eq!(values(&rounded), values(expected));
+        }
+    }
+    let half = |shape, seed| drawn(shape, seed, DType::F32, Lies::EndToEnd).cast(DType::BF16);
+    let [x, weight, bias] = [
+        half([1, 2, 3, 8], 1),
+        half([1, 1, 1, 8], 2),
+        half([1, 1, 1, 8], 3),
+    ];
+    check([x.clone(), weight.clone()], |[x, weight]| {
+        rms_norm(x, reshape(weight, [8]), EPSILON)
+    });
+    check([x, weight, bias], |[x, weight, bias]| {
+        layer_norm(x, weight, bias, EPSILON)
+    });
+}
+
 /// The loss of one row, and its gradient.
 fn of_row(logits: Vec<f64>, class: u32, dtype: DType) -> (f64, Vec<f64>) {
     let data = TensorData::new(logits.clone(), [1, logits.len()]);
