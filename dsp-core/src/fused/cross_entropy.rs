@@ -1,6 +1,7 @@
 //! Cross-entropy of logits against targets, with weights that say what each row counts.
 
 use std::convert::Infallible;
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
@@ -26,11 +27,14 @@ pub struct Target {
 /// - returns: `[1]`
 ///
 /// # Cost
-/// The logits are read once, and in the backward pass once more; of the size of the logits there is their gradient alone.
+/// On the CPU in f32 and f64 the logits are read once, and in the backward pass once more. Else they are taken in blocks of
+/// rows, of which there are copies in f32 and what each step of the formula gives. Of the size of all logits there is their
+/// gradient alone.
 ///
 /// # Gradient
-/// Its own, from the logits and two numbers a row: `weight · (softmax − 1 at the target)`. Without a row it is 0, and the
-/// node is there all the same, so that a rank without rows takes part in the backward pass.
+/// Its own, from the logits and two numbers a row: `weight · (softmax − 1 at the target)`, and 0 for a row of weight 0
+/// whatever its logits are, which adds nothing to the loss either. Without a row it is 0, and the node is there all the
+/// same, so that a rank without rows takes part in the backward pass.
 ///
 /// # Panics
 /// If there are not as many targets as rows, or as [`assert_classes`]. A rank that panics leaves the others to wait for
@@ -84,10 +88,25 @@ pub(super) struct Peaks {
     sum: Tensor<2>,
 }
 
-fn forward(x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, Peaks) {
-    if is_half(x.dtype()) {
-        return forward(x.cast(DType::F32), targets);
+/// Logits of a block, where blocks of rows are copied: enough to keep a GPU busy, and little beside its memory.
+const BLOCK: usize = 1 << 24;
+
+/// The rows in blocks of about so many logits.
+fn blocks(x: &Tensor<2>, block: usize) -> Vec<Range<usize>> {
+    let [rows, classes] = x.dims();
+    let size = (block / classes.max(1)).max(1);
+    let starts = (0..rows).step_by(size);
+    starts.map(|start| start..rows.min(start + size)).collect()
+}
+
+fn of_rows(x: &Tensor<2>, rows: &Range<usize>) -> Tensor<2> {
+    match rows.len() == x.dims()[0] {
+        true => x.clone(),
+        false => x.clone().slice_dim(0, rows.clone()),
     }
+}
+
+fn forward(x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, Peaks) {
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&x) {
         use super::rows::Native;
@@ -96,14 +115,32 @@ fn forward(x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, Peaks) {
             Native::F64 => flex::forward::<f64>(x, targets),
         };
     }
-    portable_forward(x, targets)
+    forward_in(BLOCK, x, targets)
+}
+
+/// [`forward`] of what no loop takes as it is.
+pub(super) fn forward_in(block: usize, x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, Peaks) {
+    let of_block = |rows: Range<usize>| {
+        let (part, targets) = (of_rows(&x, &rows), &targets[rows]);
+        match is_half(x.dtype()) {
+            true => forward(part.cast(DType::F32), targets),
+            false => portable_forward(part, targets),
+        }
+    };
+    let parts = blocks(&x, block).into_iter().map(of_block);
+    let (losses, peaks): (Vec<_>, Vec<_>) = parts.unzip();
+    let peaks = peaks
+        .into_iter()
+        .map(|Peaks { largest, sum }| (largest, sum));
+    let (largest, sums) = peaks.unzip();
+    let peaks = Peaks {
+        largest: Tensor::cat(largest, 0),
+        sum: Tensor::cat(sums, 0),
+    };
+    (Tensor::cat(losses, 0).sum(), peaks)
 }
 
 fn backward(x: Tensor<2>, peaks: &Peaks, targets: &[Target], gradient: Tensor<1>) -> Tensor<2> {
-    let dtype = x.dtype();
-    if is_half(dtype) {
-        return backward(x.cast(DType::F32), peaks, targets, gradient).cast(dtype);
-    }
     #[cfg(feature = "flex")]
     if let Some(native) = super::rows::native(&x) {
         use super::rows::Native;
@@ -112,7 +149,34 @@ fn backward(x: Tensor<2>, peaks: &Peaks, targets: &[Target], gradient: Tensor<1>
             Native::F64 => flex::backward::<f64>(x, peaks, targets, gradient),
         };
     }
-    portable_backward(x, peaks, targets, gradient)
+    backward_in(BLOCK, x, peaks, targets, gradient)
+}
+
+/// [`backward`] of what no loop takes as it is.
+pub(super) fn backward_in(
+    block: usize,
+    x: Tensor<2>,
+    Peaks { largest, sum }: &Peaks,
+    targets: &[Target],
+    gradient: Tensor<1>,
+) -> Tensor<2> {
+    let dtype = x.dtype();
+    let of_block = |rows: Range<usize>| {
+        let [part, largest, sum] = [&x, largest, sum].map(|tensor| of_rows(tensor, &rows));
+        let (peaks, targets) = (Peaks { largest, sum }, &targets[rows]);
+        match is_half(dtype) {
+            true => backward(part.cast(DType::F32), &peaks, targets, gradient.clone()).cast(dtype),
+            false => portable_backward(part, &peaks, targets, gradient.clone()),
+        }
+    };
+    let blocks = blocks(&x, block);
+    if let [all] = &blocks[..] {
+        return of_block(all.clone());
+    }
+    let dx = Tensor::zeros(x.dims(), (&x.device(), dtype));
+    blocks.into_iter().fold(dx, |dx, rows| {
+        dx.slice_assign([rows.clone(), 0..x.dims()[1]], of_block(rows))
+    })
 }
 
 /// The targets' classes and weights, `[rows, 1]` each.
@@ -133,6 +197,8 @@ pub(super) fn portable_forward(x: Tensor<2>, targets: &[Target]) -> (Tensor<1>, 
     let largest = x.clone().max_dim(1);
     let sum = (x.clone() - largest.clone()).exp().sum_dim(1);
     let loss = sum.clone().log() + (largest.clone() - x.gather(1, classes));
+    // 0 times a loss that is infinite, or no number, is no 0.
+    let loss = loss.mask_fill(weights.clone().equal_elem(0.0), 0.0);
     ((loss * weights).sum(), Peaks { largest, sum })
 }
 
@@ -143,8 +209,10 @@ pub(super) fn portable_backward(
     gradient: Tensor<1>,
 ) -> Tensor<2> {
     let (classes, weights) = columns(targets, &x);
+    let uncounted = weights.clone().equal_elem(0.0);
     let weights = weights * reshape::<1, 2>(gradient, [1, 1]);
     let shares = (x - largest.clone()).exp() * (weights.clone() / sum.clone());
+    let shares = shares.mask_fill(uncounted, 0.0);
     shares.scatter(1, classes, weights.neg(), IndexingUpdateOp::Add)
 }
 
@@ -213,6 +281,10 @@ mod flex {
         })
         .concat();
         let of_row = |(row, (&[largest, sum], target)): (usize, (&[E; 2], &Target))| {
+            // 0 times a loss that is infinite, or no number, is no 0.
+            if target.weight == 0.0 {
+                return 0.0;
+            }
             let own = x.row(row)[target.class as usize];
             target.weight * (sum.to_f64().ln() + (largest.to_f64() - own.to_f64()))
         };
@@ -244,6 +316,10 @@ mod flex {
                     for row in rows {
                         let (largest, sum) = (largest.row(row)[0], sum.row(row)[0]);
                         let Target { class, weight } = targets[row];
+                        if weight == 0.0 {
+                            dx.extend(std::iter::repeat_n(E::ZERO, dims[1]));
+                            continue;
+                        }
                         let weight = weight * gradient;
                         let share = E::of(weight / sum.to_f64());
                         let dx = dx.extend(x.row(row).iter().map(|&x| {

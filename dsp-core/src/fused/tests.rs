@@ -628,6 +628,62 @@ fn classes_that_are_hidden_count_nothing_and_what_is_no_number_stays_so() {
     }
 }
 
+/// As a row of padding may hold anything.
+#[test]
+fn a_row_that_does_not_count_adds_nothing_whatever_its_logits_are() {
+    let of = |weight| Target { class: 1, weight };
+    let targets = [of(0.0), of(2.0), of(0.0), of(0.0)];
+    for dtype in [DType::F32, DType::F64, DType::BF16] {
+        let mut logits = [[1.0, 2.0, -1.0]; 4];
+        let without = TensorData::from(logits);
+        logits[0][1] = f64::NEG_INFINITY;
+        logits[2][2] = f64::INFINITY;
+        logits[3] = [f64::NAN; 3];
+        let [found, expected] = [TensorData::from(logits), without].map(|data| {
+            let x = Tensor::<2>::from_data(data, (&Device::flex(), dtype));
+            let leaf = x.clone().autodiff().require_grad();
+            let loss = cross_entropy(leaf.clone(), &targets);
+            let gradient = values(&leaf.grad(&loss.backward()).unwrap());
+            let (portable, peaks) = cross_entropy::portable_forward(x.clone(), &targets);
+            let one = portable.ones_like();
+            let portable_gradient = cross_entropy::portable_backward(x, &peaks, &targets, one);
+            assert!(
+                [0, 2, 3]
+                    .iter()
+                    .all(|row| gradient[3 * row..][..3] == [0.0; 3])
+            );
+            let portable = [values(&portable), values(&portable_gradient)];
+            (values(&loss), gradient, portable)
+        });
+        assert!(expected.0[0] > 0.0 && expected.1[4] < 0.0);
+        assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn cross_entropy_in_blocks_of_rows_is_that_of_all() {
+    let (shape, classes) = ([2, 3, 4], 50);
+    let targets = targets([2, 3, 4, classes], 3);
+    let rows = shape.iter().product();
+    for dtype in [DType::F32, DType::BF16] {
+        let x = drawn([rows, classes], 3, DType::F32, Lies::Part).cast(dtype);
+        let of = |block| {
+            let (loss, peaks) = cross_entropy::forward_in(block, x.clone(), &targets);
+            let gradient = loss.ones_like().mul_scalar(0.5);
+            let dx = cross_entropy::backward_in(block, x.clone(), &peaks, &targets, gradient);
+            assert_eq!((loss.dtype(), dx.dtype()), (DType::F32, dtype));
+            (loss, values(&dx))
+        };
+        let (expected, gradient) = of(rows * classes);
+        // One row, some, and a last block that is short.
+        for block in [1, 2 * classes, 7 * classes + 3] {
+            let (loss, found) = of(block);
+            assert_close("the loss", &loss, &expected);
+            assert_eq!(found, gradient);
+        }
+    }
+}
+
 #[test]
 fn cross_entropy_of_half_precision_is_taken_in_single_and_its_gradient_rounded_once() {
     let shape = [1, 2, 3, 700];
