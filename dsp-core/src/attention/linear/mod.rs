@@ -202,6 +202,9 @@ impl States {
 ///
 /// # Cost
 /// `2·B·L·Hq·d·dv` operations.
+///
+/// # Panics
+/// If a shape contradicts the other, or the problem.
 pub fn states(k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> States {
     states_by(Way::Best, [k, v], Direction::Forward, problem)
 }
@@ -214,11 +217,15 @@ pub fn states(k: &Tensor<4>, v: &Tensor<4>, problem: &Problem) -> States {
 ///
 /// # Cost
 /// `2·B·L·Hq·d·dv` operations.
+///
+/// # Panics
+/// If a shape contradicts the other, or the problem.
 pub fn state_gradients(q: &Tensor<4>, dout: &Tensor<4>, problem: &Problem) -> States {
     states_by(Way::Best, [q, dout], Direction::Backward, problem)
 }
 
 fn states_by(way: Way, ab: [&Tensor<4>; 2], direction: Direction, problem: &Problem) -> States {
+    check_states(ab, direction, problem);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level(ab) {
         let (length, block) = (ab[0].dims()[1], way.block());
@@ -368,6 +375,7 @@ fn gradients_within_by(
     problem: &Problem,
 ) -> GradientsWithin {
     check(qkv, problem);
+    check_gradient(qkv, dout);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level([qkv[0], qkv[1], qkv[2], dout]) {
         let met = (&states.met, None);
@@ -446,6 +454,7 @@ fn backward_by(
     problem: &Problem,
 ) -> Gradients {
     check(qkv, problem);
+    check_gradient(qkv, dout);
     #[cfg(feature = "flex")]
     if let Some(level) = way.level([qkv[0], qkv[1], qkv[2], dout]) {
         let [query, key, value] =
@@ -496,6 +505,34 @@ fn check([q, k, v]: [&Tensor<4>; 3], problem: &Problem) {
         problem.heads.query,
         problem.heads.kv()
     );
+    check_decays(problem);
+}
+
+fn check_states([a, b]: [&Tensor<4>; 2], direction: Direction, problem: &Problem) {
+    let (a, b) = (a.dims(), b.dims());
+    let (names, heads) = match direction {
+        Direction::Forward => (["k", "v"], problem.heads.kv()),
+        Direction::Backward => (["q", "dout"], problem.heads.query.clone()),
+    };
+    assert!(
+        a[..3] == b[..3] && a[2] == heads.len(),
+        "linear attention: {} {a:?} and {} {b:?} must be [B, L, H, d] and [B, L, H, dv], and hold the heads {heads:?}",
+        names[0],
+        names[1]
+    );
+    check_decays(problem);
+}
+
+fn check_gradient([q, _, v]: [&Tensor<4>; 3], dout: &Tensor<4>) {
+    let ([batch, length, heads, _], [.., width]) = (q.dims(), v.dims());
+    let (expected, dout) = ([batch, length, heads, width], dout.dims());
+    assert!(
+        dout == expected,
+        "linear attention: dout {dout:?} must be {expected:?}"
+    );
+}
+
+fn check_decays(problem: &Problem) {
     assert!(
         problem.heads.query.end <= problem.decay.len(),
         "linear attention: {} decays are too few for the query heads {:?}",

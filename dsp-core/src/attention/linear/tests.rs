@@ -419,3 +419,43 @@ fn a_state_is_added_where_the_states_are() {
     assert_eq!(after.0, before.0);
     assert_ne!(after.1, before.1);
 }
+
+/// With more heads than the problem's, the loops would read wrong rows and say nothing.
+fn refused(k: [usize; 4], v: [usize; 4], query: Range<usize>) {
+    let problem = Problem {
+        heads: HeadRange { query, group: 1 },
+        decay: vec![0.9; 4].into(),
+        scale: 1.0,
+    };
+    let of = |shape| random(shape, 1, (&Device::flex(), DType::F32));
+    states(&of(k), &of(v), &problem);
+}
+
+#[test]
+#[should_panic(expected = "and hold the heads 0..4")]
+fn states_of_other_heads_than_the_problems_are_refused() {
+    refused([1, 100, 1, 16], [1, 100, 1, 16], 0..4);
+}
+
+#[test]
+#[should_panic(expected = "must be [B, L, H, d] and [B, L, H, dv]")]
+fn states_of_keys_and_values_of_two_lengths_are_refused() {
+    refused([1, 100, 2, 16], [1, 99, 2, 16], 0..2);
+}
+
+#[test]
+#[should_panic(expected = "4 decays are too few")]
+fn states_of_heads_without_a_decay_are_refused() {
+    refused([1, 10, 2, 16], [1, 10, 2, 16], 3..5);
+}
+
+#[test]
+#[should_panic(expected = "dout [1, 10, 4, 8] must be [1, 10, 4, 16]")]
+fn an_outputs_gradient_of_another_shape_is_refused() {
+    let problem = cut_heads();
+    let heads = (problem.heads.query.len(), problem.heads.kv().len());
+    let of = |heads, width| random([1, 10, heads, width], 1, (&Device::flex(), DType::F32));
+    let (q, k, v) = (of(heads.0, 16), of(heads.1, 16), of(heads.1, 16));
+    let chunk = forward(&q, &k, &v, &problem);
+    backward([&q, &k, &v], &chunk.states, &of(heads.0, 8), &problem);
+}
