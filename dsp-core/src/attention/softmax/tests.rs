@@ -538,6 +538,52 @@ fn hidden_keys_and_values_do_not_touch_the_result_even_if_huge() {
     }
 }
 
+/// Not a bit, on any way of the kernels: what lies after the last key that is seen is not looked at.
+#[test]
+fn padding_does_not_touch_the_kernels_results_even_if_it_is_no_number() {
+    let device = Device::flex();
+    // Fewer keys than the kernel for few takes, and more than that.
+    for keys in [32, 40] {
+        let mut case = plain(3, 2, 70, keys, Mask::KeyLengths([8, 0, 31].into()));
+        case.dtype = DType::F32;
+        let [q, k, v, dout] = case.inputs(&device, case.dtype);
+        let filled = |x: &Tensor<4>, filling: f32| {
+            [8, 0, 31]
+                .into_iter()
+                .enumerate()
+                .fold(x.clone(), |x, (sample, seen)| {
+                    let padding = s![sample..sample + 1, seen..keys];
+                    let filling = x.clone().slice(padding).full_like(filling);
+                    x.slice_assign(padding, filling)
+                })
+        };
+        for way in ways(&case, ONE_BLOCK) {
+            if matches!(way, Way::Portable(_)) {
+                continue;
+            }
+            let of = |filling| {
+                let (k, v) = (filled(&k, filling), filled(&v, filling));
+                let (out, lse) = way.forward(q.clone(), k.clone(), v.clone(), &case.problem);
+                let results = (out.clone(), lse.clone(), dout.clone());
+                let (dq, dk, dv) = way.backward(
+                    q.clone(),
+                    k,
+                    v,
+                    results.0,
+                    results.1,
+                    results.2,
+                    &case.problem,
+                );
+                let all = [out, dq, dk, dv].map(|x| values(&x));
+                (all, values(&lse))
+            };
+            let expected = of(0.0);
+            assert_eq!(of(f32::NAN), expected, "{way:?}");
+            assert_eq!(of(f32::INFINITY), expected, "{way:?}");
+        }
+    }
+}
+
 #[test]
 fn scores_in_the_thousands_neither_overflow_nor_lose_the_logsumexp() {
     let device = Device::flex();

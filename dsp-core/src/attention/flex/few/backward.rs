@@ -37,6 +37,8 @@ struct Scratch {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// The gradient of a key that none sees.
+    nothing: Vec<f32>,
     /// What the next part reads and writes.
     ahead: Ahead,
 }
@@ -132,7 +134,7 @@ impl WithSimd for Part<'_> {
             lse,
             ..
         } = backward;
-        let (keys, lanes) = (*keys, S::F32_LANES);
+        let (all_keys, lanes) = (*keys, S::F32_LANES);
         let (width, value_width) = (q.width(), v.width());
         let [q_row, v_row] = [width, value_width].map(|width| width.next_multiple_of(lanes));
         let factor = (problem.scale * LOG2_E) as f32;
@@ -150,10 +152,10 @@ impl WithSimd for Part<'_> {
             dq,
             dk,
             dv,
+            nothing,
             ahead,
         } = scratch;
-        dk.resize(keys * q_row, 0.0);
-        dv.resize(keys * v_row, 0.0);
+        let mut keys = all_keys;
         // The heads of a part are one sample's, so that their queries see the same.
         let masked = problem.mask != Mask::Full;
         if let (true, Some(head)) = (masked, heads.first()) {
@@ -165,7 +167,12 @@ impl WithSimd for Part<'_> {
                 positions,
                 &problem.key_positions,
             );
+            // Keys after the last that is seen are padding, of any values: none is looked at.
+            keys = visible.hull(0..all_queries.len(), &(0..keys)).end;
         }
+        dk.resize(keys * q_row, 0.0);
+        dv.resize(keys * v_row, 0.0);
+        nothing.resize(q_row.max(v_row), 0.0);
         for head in heads {
             let (group, sample) = (head.query.len(), head.sample);
             let block = tiling.few.queries(group);
@@ -268,10 +275,13 @@ impl WithSimd for Part<'_> {
             }
             scale(dk, problem.scale as f32);
             let at = [sample, 0, head.kv];
+            let unseen = std::iter::repeat_n(&nothing[..], all_keys - keys);
+            let dk = dk.chunks(q_row).chain(unseen.clone());
+            let dv = dv.chunks(v_row).chain(unseen);
             // SAFETY: these sums are this chunk's, this part alone has this head of it, and writes a row of it once.
             unsafe {
-                dk_out.write(at, counted(dk.chunks(q_row), ahead));
-                dv_out.write(at, counted(dv.chunks(v_row), ahead));
+                dk_out.write(at, counted(dk, ahead));
+                dv_out.write(at, counted(dv, ahead));
             }
         }
     }

@@ -126,7 +126,7 @@ impl WithSimd for Part<'_> {
             v,
             ..
         } = forward;
-        let (keys, lanes) = (*keys, S::F32_LANES);
+        let (mut keys, lanes) = (*keys, S::F32_LANES);
         let (width, value_width) = (q.width(), v.width());
         let out_row = value_width.next_multiple_of(lanes);
         let factor = (problem.scale * LOG2_E) as f32;
@@ -151,6 +151,8 @@ impl WithSimd for Part<'_> {
                 positions,
                 &problem.key_positions,
             );
+            // Keys after the last that is seen are padding, of any values: none is looked at.
+            keys = visible.hull(0..all_queries.len(), &(0..keys)).end;
         }
         for head in heads {
             let (group, sample) = (head.query.len(), head.sample);
