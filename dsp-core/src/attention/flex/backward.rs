@@ -38,8 +38,8 @@ pub(super) struct Backward<'a> {
     pub(super) sums: Vec<[NewRows; 2]>,
 }
 
-/// The queries in as many chunks as make enough parts of the work of so few heads. They depend on the problem
-/// alone, never on the threads, so that sums over them have the same bits on any number of threads.
+/// The queries in as many chunks as make enough parts of the work of so few heads; `dk` and `dv` are in memory once for each.
+/// Chunks depend on the problem alone, never on the threads, so that sums over them have the same bits on any number of threads.
 pub(super) fn chunks(heads: usize, queries: usize) -> Vec<Range<usize>> {
     const PARTS: usize = 8;
     const LEAST: usize = 256;

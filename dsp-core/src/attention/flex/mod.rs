@@ -36,6 +36,7 @@ use std::ops::Range;
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use rayon::prelude::*;
 
 use super::softmax::{HeadRange, Problem, Sizes};
 use crate::simd::Level;
@@ -190,7 +191,10 @@ pub(super) fn backward_in(
 }
 
 fn add(sum: &mut [f32], more: &[f32]) {
-    sum.iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
+    /// What is worth another thread.
+    const PIECE: usize = 1 << 14;
+    let pieces = sum.par_chunks_mut(PIECE).zip(more.par_chunks(PIECE));
+    pieces.for_each(|(sum, more)| sum.iter_mut().zip(more).for_each(|(sum, x)| *sum += x));
 }
 
 /// One kv head of one sample, and the query heads that attend with it; all numbers are local.

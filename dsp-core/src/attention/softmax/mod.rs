@@ -45,7 +45,8 @@ pub use problem::{HeadRange, Problem};
 ///
 /// # Cost
 /// `2·B·Hq·(d + dv)` operations per visible pair of query and key. Memory: the results, and a
-/// constant for one block's scores; of 16 bits, where no kernel takes these, copies of all in f32.
+/// constant for one block's scores; by the CPU's kernels, that and a copy of one head's keys and values for each thread;
+/// of 16 bits, where no kernel takes these, copies of all in f32.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
@@ -70,7 +71,10 @@ pub fn forward(
 ///
 /// # Cost
 /// 2.5 times the forward's operations. Memory: the results, a scaled copy of `q`, two numbers per
-/// query, and a constant for one block's scores; of 16 bits, where no kernel takes these, copies of all in f32.
+/// query, and a constant for one block's scores; of 16 bits, where no kernel takes these, copies of all in f32. By the
+/// CPU's kernels, for each thread the scores, and of one head two copies of each of `q`, `k` and `dout` and one of `v` and
+/// `dq`; and of fewer than 8 kv heads over all samples, whose queries are shared out too, `dk` and `dv` not once but
+/// `⌈8/(B·Hkv)⌉` times, and at most `⌈Lq/256⌉`.
 ///
 /// # Panics
 /// If a shape contradicts another, or the problem.
