@@ -294,7 +294,7 @@ pub(super) fn rows_left(length: usize, first: usize, #[comptime] rows: usize) ->
 
 /// The output and the logsumexp of one tile of queries, by online softmax.
 ///
-/// Shared memory: `(queries + keys) · stride + queries · (keys + 1) + queries · 17` numbers.
+/// Shared memory: `queries · stride + keys · shared stride + queries · (keys + 1) + queries · 17` numbers.
 #[cube(launch_unchecked)]
 pub(super) fn attend<E: Float>(
     q: &[E],
@@ -430,8 +430,9 @@ pub(super) fn attend<E: Float>(
                 #[unroll]
                 for j in 0..columns {
                     let score = scores[i * columns + j];
-                    // Of a row that has seen nothing yet, the maximum is the hidden score itself.
-                    let p = select(score > LOWEST, (score - most).exp(), 0.0f32);
+                    // Of a row that has seen nothing yet, the maximum is the hidden score itself. `max` passes over NaN:
+                    // it is here that a row's NaN gets into its sums, so the comparison must be false for it.
+                    let p = select(score <= LOWEST, 0.0f32, (score - most).exp());
                     weights += p;
                     shared_p[row * p_stride + x + j * UNITS] = p;
                 }
@@ -471,15 +472,15 @@ pub(super) fn attend<E: Float>(
         for unit in 0..UNITS {
             total += partial[row * red_stride + unit];
         }
-        // The largest weight is 1: a total below is that of a row that sees nothing, and 0.
-        let share = 1.0f32 / max(total, 0.5f32);
+        // That of a row that sees nothing is 0, every other at least 1, or NaN.
+        let share = select(total == 0.0f32, 0.0f32, 1.0f32 / total);
         #[unroll]
         for j in 0..channels {
             sum[i * channels + j] = sum[i * channels + j] * share;
         }
         if x == 0 && row < valid_queries {
-            let logarithm = maximum[i] + max(total, 0.5f32).ln();
-            lse[first_row + row * heads] = select(total > 0.0f32, logarithm, nothing);
+            let logarithm = maximum[i] + total.ln();
+            lse[first_row + row * heads] = select(total == 0.0f32, nothing, logarithm);
         }
     }
     store::<E>(

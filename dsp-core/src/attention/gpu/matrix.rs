@@ -549,8 +549,8 @@ pub(super) fn attend<E: Float, N: Size>(
             let mut all = total[index];
             all += plane_shuffle_xor(all, 1u32);
             all += plane_shuffle_xor(all, 2u32);
-            // The largest weight is 1: a sum below is that of a row that sees nothing, and 0.
-            let share = 1.0f32 / max(all, 0.5f32);
+            // That of a row that sees nothing is 0, every other at least 1, or NaN: `max` passes over that, the weights do not.
+            let share = select(all == 0.0f32, 0.0f32, 1.0f32 / all);
             #[unroll]
             for columns in 0..channels {
                 let index = comptime!(4 * (block * channels + columns) + 2 * half);
@@ -559,8 +559,8 @@ pub(super) fn attend<E: Float, N: Size>(
             }
             let row = row_of(blocks, block, half);
             if UNIT_POS_PLANE % 4 == 0 && row < valid_queries {
-                let logarithm = maximum[index] + max(all, 0.5f32).ln();
-                lse[first_row + row * heads] = select(all > 0.0f32, logarithm, nothing);
+                let logarithm = maximum[index] + all.ln();
+                lse[first_row + row * heads] = select(all == 0.0f32, nothing, logarithm);
             }
         }
     }
@@ -671,8 +671,8 @@ pub(super) fn query_gradient<E: Float, N: Size>(
                 own = lse[first_row + row * heads];
                 slope = delta[first_row + row * heads];
             }
-            // That of a row that sees nothing is no number to subtract.
-            row_lse[comptime!(2 * block + half)] = select(own > FLOOR, own, 0.0f32);
+            // That of a row that sees nothing is no number to subtract; NaN stays.
+            row_lse[comptime!(2 * block + half)] = select(own <= FLOOR, 0.0f32, own);
             row_delta[comptime!(2 * block + half)] = slope;
         }
     }
@@ -944,7 +944,7 @@ pub(super) fn key_value_gradients<E: Float, N: Size>(
                             query_lse = lse[first_row + column * heads];
                             query_delta = delta[first_row + column * heads];
                         }
-                        query_lse = select(query_lse > FLOOR, query_lse, 0.0f32);
+                        query_lse = select(query_lse <= FLOOR, 0.0f32, query_lse);
                         #[unroll]
                         for block in 0..blocks {
                             #[unroll]

@@ -208,7 +208,9 @@ impl<'a> Launch<'a> {
         } = Sizes::of(q, k, v, problem);
         let size = |shape: [usize; 4]| shape.iter().product::<usize>();
         let smallest = size(q_shape).min(size(k_shape)).min(size(v_shape));
-        let largest = size(q_shape).max(size(k_shape)).max(size(v_shape));
+        let out_shape = [q_shape[0], q_shape[1], q_shape[2], v_shape[3]];
+        let shapes = [q_shape, k_shape, v_shape, out_shape];
+        let largest = shapes.into_iter().map(size).max().unwrap_or(0);
         let dtypes = [q.dtype(), k.dtype(), v.dtype()];
         let known = [DType::F32, DType::F16, DType::BF16].map(|dtype| [dtype; 3]);
         let suits = known.contains(&dtypes) && smallest > 0 && largest <= LONGEST;

@@ -372,6 +372,62 @@ fn hidden_keys_do_not_touch_the_result_even_if_huge() {
     assert_eq!(run(&k, &v), run(&huge(&k), &huge(&v)));
 }
 
+/// `max` passes over NaN on most devices; the kernels must not, or a spoilt row looks like one that sees nothing.
+#[test]
+fn a_query_or_a_key_that_is_not_a_number_shows_in_all_that_depends_on_it() {
+    /// The row of 40 that is spoilt.
+    const AT: usize = 21;
+    let nan_rows = |tensor: &Tensor<4>| -> Vec<usize> {
+        let values = doubles(tensor);
+        let rows = values.chunks(values.len() / 40).enumerate();
+        rows.filter(|(_, row)| row.iter().all(|x| x.is_nan()))
+            .map(|(row, _)| row)
+            .collect()
+    };
+    let spoilt = |x: &Tensor<4>| {
+        let part = |rows: Range<usize>| x.clone().narrow(1, rows.start, rows.len());
+        let nan = part(AT..AT + 1).full_like(f32::NAN);
+        Tensor::cat(vec![part(0..AT), nan, part(AT + 1..40)], 1)
+    };
+    let check = |widths: (usize, usize), dtype| {
+        let mut case = plain(1, 2, 40, 40, Mask::Causal);
+        case.widths = widths;
+        let [q, k, v, dout] = case.inputs(&Device::default(), dtype);
+        // Which rows of the output and the logsumexp are NaN; and which of the gradients are at least: within a tile,
+        // 0 times NaN is that too.
+        let check = |q: &Tensor<4>, k: &Tensor<4>, seeing: Range<usize>, seen: Range<usize>| {
+            let (out, lse) = forward(q, k, &v, &case.problem).unwrap();
+            let gradients = backward([q, k, &v, &out, &dout], &lse, &case.problem).unwrap();
+            let [dq, dk, dv] = gradients.map(|x| nan_rows(&x));
+            let expected: Vec<usize> = seeing.clone().collect();
+            assert_eq!(nan_rows(&out), expected, "{dtype:?}");
+            assert_eq!(nan_rows(&lse.unsqueeze_dim(3)), expected, "{dtype:?}");
+            assert!(seeing.clone().all(|row| dq.contains(&row)), "{dtype:?}");
+            let both = |row| dk.contains(&row) && dv.contains(&row);
+            assert!(seen.clone().all(both), "{dtype:?}");
+        };
+        check(&spoilt(&q), &k, AT..AT + 1, 0..AT + 1);
+        check(&q, &spoilt(&k), AT..40, 0..40);
+    };
+    check((24, 40), DType::F32);
+    sixteen_bits().for_each(|dtype| check((64, 64), dtype));
+}
+
+/// The output may be much larger than the inputs.
+#[test]
+fn an_output_beyond_indices_of_32_bits_is_left_to_the_portable_way() {
+    let launched = |queries| {
+        let mut case = plain(1, 1, queries, 1, Mask::Full);
+        case.widths = (1, 256);
+        let device = Device::default();
+        let [q, k, v] = [[1, queries, 1, 1], [1, 1, 1, 1], [1, 1, 1, 256]]
+            .map(|shape| Tensor::zeros(shape, (&device, DType::F32)));
+        Launch::of(&q, &k, &v, &case.problem, Pass::Forward).is_some()
+    };
+    assert!(launched((1 << 23) - 1));
+    assert!(!launched(1 << 23));
+}
+
 #[test]
 fn strided_inputs_are_read_as_they_look() {
     let case = plain(1, 3, 20, 20, Mask::Causal);
