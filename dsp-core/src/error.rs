@@ -291,6 +291,18 @@ pub enum CommError {
     },
 }
 
+impl CommError {
+    /// The ranks that let a deadline pass, if that is what failed.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn late(&self) -> &[usize] {
+        match self {
+            Self::Unanswered { missing, .. } => missing,
+            Self::Stuck { rank, .. } => std::slice::from_ref(rank),
+            _ => &[],
+        }
+    }
+}
+
 /// Any error of this crate, as a model's forward pass returns it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {

@@ -189,8 +189,16 @@ pub(super) struct Progress<'s, 'env> {
     farewells: Vec<bool>,
     /// When each process was heard last.
     heard: Vec<Instant>,
-    /// The time-out of the last launch, if it failed.
-    failed: Option<Duration>,
+    /// How the last launch failed, if it did.
+    failed: Option<Failed>,
+}
+
+/// How a launch failed, as far as it matters to who waits for the others' end.
+#[derive(Debug, Default)]
+struct Failed {
+    timeout: Duration,
+    /// Who let a deadline pass.
+    late: Vec<usize>,
 }
 
 impl<'s, 'env> Progress<'s, 'env> {
@@ -259,8 +267,18 @@ impl<'s, 'env> Progress<'s, 'env> {
     fn linger(&mut self, since: Instant, asked: &mut Instant) -> ferrompi::Result<()> {
         let now = Instant::now();
         let alone = self.farewells.iter().all(|&said| said);
-        let patience = self.failed.unwrap_or(FAREWELL).min(FAREWELL);
-        let silent = |rank: usize| now.duration_since(self.heard[rank].max(since)) > SILENCE;
+        let (patience, late) = match &self.failed {
+            Some(failed) => (failed.timeout.min(FAREWELL), &failed.late[..]),
+            None => (FAREWELL, &[][..]),
+        };
+        // Who was late has been waited for until a deadline already.
+        let silent = |rank: usize| {
+            let heard = match late.contains(&rank) {
+                true => since,
+                false => self.heard[rank].max(since),
+            };
+            now.duration_since(heard) > SILENCE
+        };
         // Of those that have said farewell something may be on its way still.
         let deserted = self.failed.is_some()
             && (0..self.size).all(|rank| (self.farewells[rank] && !alone) || silent(rank));
@@ -384,7 +402,9 @@ impl<'s, 'env> Progress<'s, 'env> {
                 *stopping = Some(Instant::now());
                 // A launch that was never finished has been left by a panic.
                 let left = (self.launches.values()).filter(|state| !state.done);
-                self.failed = left.map(|state| state.timeout).max().or(self.failed);
+                if let Some(timeout) = left.map(|state| state.timeout).max() {
+                    self.failed.get_or_insert_default().timeout = timeout;
+                }
                 self.tell_all(u64::MAX, || Message::Bye)?;
             }
         }
@@ -722,8 +742,11 @@ impl<'s, 'env> Progress<'s, 'env> {
         let Some(state) = self.launches.get_mut(&launch) else {
             return;
         };
-        self.failed = Some(state.timeout);
         let fate = state.fate.get_or_init(|| cause).clone();
+        self.failed = Some(Failed {
+            timeout: state.timeout,
+            late: fate.late().to_vec(),
+        });
         if state.done {
             return;
         }
