@@ -1,6 +1,7 @@
 //! What can go wrong in a model, before and while it runs.
 
 use dsp_core::error::CommError;
+use dsp_core::fused::UnknownClass;
 use dsp_core::layout::LayoutError;
 use dsp_core::session::StageError;
 use dsp_core::strategy::PlanError;
@@ -39,6 +40,9 @@ pub enum ModelError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A target of a loss.
+    #[error(transparent)]
+    Target(#[from] UnknownClass),
     /// An input whose shape does not fit.
     #[error("{what} has shape {got:?}, where {rule}")]
     Shape {

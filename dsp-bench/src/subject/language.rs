@@ -156,7 +156,7 @@ impl Workload for NextToken {
         session: &Session,
     ) -> Result<Run, SubjectError> {
         let logits = module.forward(&self.tokens, session)?;
-        let loss = next_token_loss(&logits, &self.tokens);
+        let loss = next_token_loss(&logits, &self.tokens)?;
         Ok(Run {
             input: None,
             output: Output::Shard(logits),

@@ -160,7 +160,7 @@ impl Workload for Classes {
         let images = pass.input(&self.pixels);
         let one_frame: Tensor<4> = images.clone().squeeze_dim(2);
         let logits = module.forward(one_frame, session)?;
-        let loss = class_loss(logits.clone(), &self.labels);
+        let loss = class_loss(logits.clone(), &self.labels)?;
         Ok(Run {
             input: Some(images),
             output: Output::Classes(logits),

@@ -184,7 +184,7 @@ impl Task for NextByte {
     ) -> Result<Loss, SubjectError> {
         let tokens = self.rows(samples)?;
         let logits = module.forward(&tokens, session)?;
-        Ok(Loss::OfShard(next_token_loss(&logits, &tokens)))
+        Ok(Loss::OfShard(next_token_loss(&logits, &tokens)?))
     }
 
     fn show(&self, module: &CausalLm, stage: &Stage<'_>) -> Result<Vec<Shown>, SubjectError> {

@@ -185,7 +185,7 @@ impl Task for WhichWayUp {
         let labels: Vec<u32> = (pictures.iter())
             .map(|picture| picture.turns as u32)
             .collect();
-        Ok(Loss::OfShard(class_loss(logits, &labels)))
+        Ok(Loss::OfShard(class_loss(logits, &labels)?))
     }
 
     fn error(

@@ -102,7 +102,7 @@ impl Case for LlamaCase {
         let logits = placed
             .module
             .forward_observed(&self.tokens, &session, |_, x| streams.push(x.clone()))?;
-        let loss = next_token_loss(&logits, &self.tokens);
+        let loss = next_token_loss(&logits, &self.tokens)?;
         let gradients = session.backward(Loss::OfShard(loss.clone()))?;
         let mut produced = Produced::new();
         let [hidden, vocabulary] = [self.config.hidden_size, self.config.vocab_size];

@@ -93,7 +93,7 @@ impl TrainingCase {
         session: &Session,
     ) -> Result<Tensor<1>, CaseError> {
         let logits = model.forward(tokens, session)?;
-        Ok(next_token_loss(&logits, tokens))
+        Ok(next_token_loss(&logits, tokens)?)
     }
 }
 

@@ -118,7 +118,7 @@ impl<M: Named> Case for VitCase<M> {
         let dims = std::array::from_fn(|dim| self.images.shape[dim]);
         let images: Tensor<4> = leaf(&self.images, dims, &device, dtype);
         let logits = placed.module.vit().forward(images.clone(), &session)?;
-        let loss = class_loss(logits.clone(), &self.labels);
+        let loss = class_loss(logits.clone(), &self.labels)?;
         let gradients = session.backward(Loss::OfShard(loss.clone()))?;
         let mut produced = Produced::new();
         let logits = gather_logits(logits, &session)?;

@@ -37,8 +37,8 @@ pub struct Target {
 /// same, so that a rank without rows takes part in the backward pass.
 ///
 /// # Panics
-/// If there are not as many targets as rows, or as [`assert_classes`]. A rank that panics leaves the others to wait for
-/// it until the launch ends them: what all ranks know, a loss checks on all.
+/// If there are not as many targets as rows, or one is no class. A rank that panics leaves the others to wait for it
+/// until the launch ends them: what all ranks know, a loss checks on all of them before, by [`check_classes`].
 pub fn cross_entropy<const D: usize>(logits: Tensor<D>, targets: &[Target]) -> Tensor<1> {
     let dims = logits.dims();
     let (rows, classes) = (dims[..D - 1].iter().product(), dims[D - 1]);
@@ -48,7 +48,9 @@ pub fn cross_entropy<const D: usize>(logits: Tensor<D>, targets: &[Target]) -> T
         "cross-entropy: {} targets (left) for the {rows} rows (right) of logits {dims:?}: each row has one",
         targets.len()
     );
-    assert_classes(targets.iter().map(|target| target.class), classes);
+    if let Err(unknown) = check_classes(targets.iter().map(|target| target.class), classes) {
+        panic!("cross-entropy: {unknown}");
+    }
     let inner = logits.clone().inner();
     if rows == 0 {
         let zero = Tensor::zeros([1], (&inner.device(), computed_in(inner.dtype())));
@@ -66,17 +68,34 @@ pub fn cross_entropy<const D: usize>(logits: Tensor<D>, targets: &[Target]) -> T
     })
 }
 
+/// A target that is no class.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("target {index} is class {class}, and there are {classes}, from 0")]
+pub struct UnknownClass {
+    /// Which of the targets, from 0.
+    pub index: usize,
+    /// Its class.
+    pub class: u32,
+    /// How many classes there are.
+    pub classes: usize,
+}
+
 /// Sees that targets are among the `classes`, whoever has their rows.
 ///
-/// # Panics
-/// If one is not.
-pub fn assert_classes(targets: impl IntoIterator<Item = u32>, classes: usize) {
-    let unknown = targets
-        .into_iter()
-        .enumerate()
-        .find(|&(_, class)| class as usize >= classes);
-    if let Some((index, class)) = unknown {
-        panic!("cross-entropy: target {index} is class {class}, and there are {classes}, from 0");
+/// # Errors
+/// [`UnknownClass`] for the first one that is not.
+pub fn check_classes(
+    targets: impl IntoIterator<Item = u32>,
+    classes: usize,
+) -> Result<(), UnknownClass> {
+    let mut all = targets.into_iter().enumerate();
+    match all.find(|&(_, class)| class as usize >= classes) {
+        Some((index, class)) => Err(UnknownClass {
+            index,
+            class,
+            classes,
+        }),
+        None => Ok(()),
     }
 }
 

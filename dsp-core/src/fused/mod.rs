@@ -31,7 +31,7 @@ mod swiglu;
 #[cfg(feature = "flex")]
 mod tests;
 
-pub use cross_entropy::{Target, assert_classes, cross_entropy};
+pub use cross_entropy::{Target, UnknownClass, check_classes, cross_entropy};
 pub use gated_sum::gated_sum;
 pub use gelu::gelu_tanh;
 pub use layer_norm::layer_norm;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use dsp_core::fused::assert_classes;
+use dsp_core::fused::check_classes;
 use dsp_core::{ModelShape, Shard};
 
 use super::config::TOKENS;
@@ -80,19 +80,21 @@ impl Tokens {
 /// - `logits`: `[B, L, 1, 1, vocabulary]`, as [`CausalLm::forward`](super::CausalLm::forward) returns them
 /// - returns: `[1]`, on a rank without positions too
 ///
-/// # Panics
-/// On every rank, if the logits are not those of as many rows and tokens, or a token is not in the vocabulary.
-pub fn next_token_loss(logits: &Shard, tokens: &Tokens) -> Tensor<1> {
+/// # Errors
+/// [`ModelError`] on every rank, if the logits are not those of as many rows and tokens, or a token is not in the
+/// vocabulary.
+pub fn next_token_loss(logits: &Shard, tokens: &Tokens) -> Result<Tensor<1>, ModelError> {
     let [batch, length] = tokens.dims();
     let [rows, _, _, _, vocabulary] = logits.tensor().dims();
     let of_logits = [rows, logits.layout().lengths()[TOKENS.index()]];
-    assert_eq!(
-        tokens.dims(),
-        of_logits,
-        "next-token loss: tokens {:?} (left) for logits of {of_logits:?} (right)",
-        tokens.dims()
-    );
-    assert_classes(tokens.rows.iter().flatten().copied(), vocabulary);
+    if tokens.dims() != of_logits {
+        return Err(ModelError::Shape {
+            what: "the tokens",
+            got: tokens.dims().to_vec(),
+            rule: format!("the logits are those of {of_logits:?}"),
+        });
+    }
+    check_classes(tokens.rows.iter().flatten().copied(), vocabulary)?;
     let positions: Vec<usize> = logits.positions(TOKENS).into_iter().flatten().collect();
     // A last token has no target: it counts nothing.
     let weight = 1.0 / (batch * length.saturating_sub(1)).max(1) as f64;
@@ -103,5 +105,5 @@ pub fn next_token_loss(logits: &Shard, tokens: &Tokens) -> Tensor<1> {
             weight: next.map_or(0.0, |_| weight),
         })
         .collect();
-    cross_entropy(logits.tensor().clone(), &targets)
+    Ok(cross_entropy(logits.tensor().clone(), &targets))
 }

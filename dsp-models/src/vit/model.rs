@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{Device, Tensor, TensorData};
 use dsp_core::collective::all_reduce_in;
-use dsp_core::fused::assert_classes;
+use dsp_core::fused::check_classes;
 use dsp_core::ledger::Phase;
 use dsp_core::linear::{affine, project};
 use dsp_core::session::{StageRun, Stages};
@@ -257,17 +257,18 @@ impl Vit {
 /// - `logits`: as [`Vit::forward`] returns them; `labels`: one for each image
 /// - returns: `[1]`
 ///
-/// # Panics
-/// On every rank, if there are not as many labels as images, or one is no class.
-pub fn class_loss(logits: Tensor<5>, labels: &[u32]) -> Tensor<1> {
+/// # Errors
+/// [`ModelError`] on every rank, if there are not as many labels as images, or one is no class.
+pub fn class_loss(logits: Tensor<5>, labels: &[u32]) -> Result<Tensor<1>, ModelError> {
     let [batch, held, _, _, classes] = logits.dims();
-    assert_eq!(
-        labels.len(),
-        batch,
-        "class loss: {} labels (left) for {batch} images (right): each has one",
-        labels.len()
-    );
-    assert_classes(labels.iter().copied(), classes);
+    if labels.len() != batch {
+        return Err(ModelError::Shape {
+            what: "the labels",
+            got: vec![labels.len()],
+            rule: format!("there are {batch} images: each has one"),
+        });
+    }
+    check_classes(labels.iter().copied(), classes)?;
     let target = |&class: &u32| Target {
         class,
         weight: 1.0 / labels.len() as f64,
@@ -277,7 +278,7 @@ pub fn class_loss(logits: Tensor<5>, labels: &[u32]) -> Tensor<1> {
         .map(target)
         .take(held * labels.len())
         .collect();
-    cross_entropy(logits, &targets)
+    Ok(cross_entropy(logits, &targets))
 }
 
 /// The logits on every rank, outside of any graph: `[B, classes]`.

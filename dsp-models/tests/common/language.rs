@@ -48,7 +48,7 @@ impl LanguageCase {
         let logits = placed
             .module
             .forward_observed(&self.tokens, &session, observe)?;
-        let loss = next_token_loss(&logits, &self.tokens);
+        let loss = next_token_loss(&logits, &self.tokens)?;
         let mut ending = of_loss(&session, loss.clone())?;
         let reduced = ending.reduce(&session, &placed)?;
         let mut found = named(&placed.module, &reduced);
