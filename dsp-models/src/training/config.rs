@@ -12,14 +12,15 @@ use serde::{Deserialize, Serialize};
 pub enum Schedule {
     /// It stays.
     Constant,
-    /// Half a wave of a cosine down to a part of it, at the last step (Loshchilov and Hutter, arXiv:1608.03983).
+    /// Half a wave of a cosine down to a part of it (Loshchilov and Hutter, arXiv:1608.03983). The step after the last one
+    /// would have that part; the last one has a little more.
     Cosine {
-        /// What is left at the end: 0.1 is a tenth.
+        /// The part: 0.1 is a tenth.
         floor: f64,
     },
-    /// A straight line down to a part of it, at the last step.
+    /// A straight line down to a part of it, which the step after the last one would have.
     Linear {
-        /// What is left at the end.
+        /// The part.
         floor: f64,
     },
 }
@@ -45,8 +46,8 @@ pub enum Recompute {
     Cheap,
 }
 
-/// The floats that forward and backward passes are computed in. Weights, moments, sums of gradients and losses stay
-/// what they are.
+/// The floats that forward and backward passes are computed in. Weights, moments, sums of gradients, targets and losses
+/// stay what they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compute {
@@ -160,6 +161,15 @@ impl TrainingConfig {
         let at_least_one = "must be at least 1";
         hold(self.steps > 0, "steps", &self.steps, at_least_one)?;
         hold(self.batch > 0, "batch", &self.batch, at_least_one)?;
+        hold(
+            self.steps.checked_mul(self.batch as u64).is_some(),
+            "batch",
+            &self.batch,
+            &format!(
+                "times steps = {} must be below 2^64, for samples are numbered",
+                self.steps
+            ),
+        )?;
         let part = self.microbatch.unwrap_or(1);
         hold(part > 0, "microbatch", &part, at_least_one)?;
         hold(
@@ -168,27 +178,31 @@ impl TrainingConfig {
             &self.warmup,
             &format!("must be at most steps = {}", self.steps),
         )?;
+        // AdamW computes with f32: there too the rule must hold, where small numbers are 0 and large ones infinite.
+        let number = |holds: fn(f64) -> bool, key, value: f64, rule: &str| {
+            let single = f64::from(value as f32);
+            let rule = match holds(value) {
+                true => format!("{rule}; as an f32, in which it is computed with, it is {single}"),
+                false => rule.to_owned(),
+            };
+            hold(holds(value) && holds(single), key, &value, &rule)
+        };
         let positive = |value: f64| value.is_finite() && value > 0.0;
-        let above_zero = "must be above 0 and finite";
         for (key, value) in [
             ("learning_rate", self.learning_rate),
             ("epsilon", self.epsilon),
             ("clip_norm", self.clip_norm.unwrap_or(1.0)),
         ] {
-            hold(positive(value), key, &value, above_zero)?;
+            number(positive, key, value, "must be above 0 and finite")?;
         }
+        let below_one = |value: f64| (0.0..1.0).contains(&value);
         for (key, value) in [("beta_1", self.beta_1), ("beta_2", self.beta_2)] {
-            let rule = "must be at least 0 and below 1";
-            hold((0.0..1.0).contains(&value), key, &value, rule)?;
+            number(below_one, key, value, "must be at least 0 and below 1")?;
         }
+        let not_negative = |value: f64| value.is_finite() && value >= 0.0;
         let decay = self.weight_decay;
         let rule = "must be at least 0 and finite";
-        hold(
-            decay.is_finite() && decay >= 0.0,
-            "weight_decay",
-            &decay,
-            rule,
-        )?;
+        number(not_negative, "weight_decay", decay, rule)?;
         if let Schedule::Cosine { floor } | Schedule::Linear { floor } = self.schedule {
             let rule = "must be at least 0 and at most 1";
             hold((0.0..=1.0).contains(&floor), "schedule.floor", &floor, rule)?;
@@ -255,6 +269,21 @@ mod tests {
             (good.clone().with_clip_norm(Some(-1.0)), "clip_norm = -1"),
             (good.clone().with_beta_2(1.0), "beta_2 = 1"),
             (good.clone().with_weight_decay(-0.1), "weight_decay = -0.1"),
+            (
+                TrainingConfig::new(u64::MAX, 2, 1e-3),
+                "batch = 2: times steps = 18446744073709551615 must be",
+            ),
+            // As an f32 it is 1, and the variance is divided by 1 - 1.
+            (
+                good.clone().with_beta_2(0.99999999),
+                "beta_2 = 0.99999999: must be at least 0 and below 1; as an f32, in which it is computed with, it is 1",
+            ),
+            (good.clone().with_beta_1(0.99999999), "beta_1 = 0.99999999"),
+            (good.clone().with_epsilon(1e-50), "epsilon = "),
+            (good.clone().with_epsilon(1e300), "epsilon = "),
+            (good.clone().with_weight_decay(1e39), "weight_decay = "),
+            (TrainingConfig::new(10, 2, 1e39), "learning_rate = "),
+            (good.clone().with_clip_norm(Some(1e-50)), "clip_norm = "),
             (
                 good.clone().with_schedule(Schedule::Cosine { floor: 2.0 }),
                 "schedule.floor = 2",
