@@ -414,14 +414,25 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     written.map_err(failed("cannot be written", path))
 }
 
-/// Makes a folder's entries last. Not every file system can, and those that cannot need no asking.
+/// Makes a folder's entries last, where the file system can do that.
 fn sync(folder: &Path) -> Result<(), StoreError> {
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     match synced {
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+        Err(error) if !is_incapable(error.kind()) => {
             Err(failed("cannot be written to", folder)(error))
         }
         _ => Ok(()),
+    }
+}
+
+/// Whether an error says that a folder cannot be synced here at all, and not that it was not.
+fn is_incapable(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
+    match kind {
+        Unsupported | InvalidInput => true,
+        // Windows opens no folders.
+        PermissionDenied => cfg!(windows),
+        _ => false,
     }
 }
 
@@ -496,6 +507,19 @@ mod tests {
         assert_eq!(store.latest().unwrap(), Some(250));
         let left = fs::read_dir(folder.path()).unwrap().count();
         assert_eq!(left, 2, "what was forgotten left something behind");
+    }
+
+    #[test]
+    fn only_a_file_system_that_cannot_sync_folders_need_not() {
+        use io::ErrorKind::{InvalidInput, Other, StorageFull, Unsupported};
+        assert!([Unsupported, InvalidInput].into_iter().all(is_incapable));
+        // As when a disk is lost: EIO.
+        let lost = io::Error::from_raw_os_error(5).kind();
+        assert!(![lost, Other, StorageFull].into_iter().any(is_incapable));
+        let folder = tempfile::tempdir().unwrap();
+        sync(folder.path()).unwrap();
+        let gone = sync(&folder.path().join("gone")).unwrap_err().to_string();
+        assert!(gone.contains("gone: cannot be written to"), "{gone}");
     }
 
     #[test]
