@@ -27,7 +27,8 @@ pub const TIMESTEPS: f64 = 1000.0;
 /// What a model is trained on, the same on every rank.
 #[derive(Debug, Clone)]
 pub struct Batch {
-    /// `[B, C, F, H, W]`, on the rank's device.
+    /// `[B, C, F, H, W]`, on the rank's device. In f32, also where the model computes in fewer bits: the model rounds
+    /// what it sees, and what it shall say is not rounded.
     pub video: Tensor<5>,
     /// Frames a second, one for each sample.
     pub fps: Vec<f64>,
@@ -131,7 +132,8 @@ pub fn loss(
     let own = |tokens: Tensor<5>| Shard::split(tokens, velocity.layout(), rank);
 
     let predicted = computed(velocity.tensor().clone());
-    let target = own(patchify(video - noise, patch, PatchOrder::ChannelLast))?.into_tensor();
+    let target = computed(video) - computed(noise);
+    let target = own(patchify(target, patch, PatchOrder::ChannelLast))?.into_tensor();
     let target = target.cast(predicted.dtype());
     let weights = weights(&batch.video, predicted.dtype(), is_generated);
     let weights = own(patchify(weights, patch, PatchOrder::ChannelLast))?.into_tensor();

@@ -6,6 +6,7 @@
 //! ("it stays as it is"), on the same times and points.
 
 use burn::tensor::{Device, Tensor, TensorData};
+use dsp_core::precision::computed_in;
 use dsp_core::strategy::Part;
 use dsp_core::{Loss, ModelShape, Session};
 use dsp_models::WeatherConfig;
@@ -255,7 +256,12 @@ impl Task for NextFields {
         let starts = self.starts(samples);
         let grid = self.grid(&starts)?;
         let forecast = module.forward(self.anomalies(&starts, 0, place), &grid, session)?;
-        let next = self.anomalies(&starts, 1, place);
+        // What is to be said is not rounded to what passes are computed in.
+        let exact = Place {
+            device: place.device.clone(),
+            dtype: computed_in(place.dtype),
+        };
+        let next = self.anomalies(&starts, 1, &exact);
         Ok(Loss::OfShard(loss(&forecast, next, &grid)?))
     }
 
@@ -303,6 +309,46 @@ impl Task for NextFields {
             "{} of the last time: from the top truth, forecast, climatology, persistence",
             self.variable
         );
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use burn::tensor::DType;
+    use dsp_core::Group;
+    use dsp_models::weights::cast;
+
+    use super::*;
+    use crate::scenario::{ModelKind, ModelSizes};
+    use crate::train::RunConfig;
+
+    #[test]
+    fn the_climatology_has_the_error_that_is_to_be_beaten_in_passes_of_bfloat16_too() {
+        let run = RunConfig::of_model(ModelKind::Weather).unwrap();
+        let small = ["model.times=6", "model.latitudes=5", "model.longitudes=4"];
+        let run = run.with(&small.map(|change| change.parse().unwrap()));
+        let ModelSizes::Weather(sizes) = run.unwrap().model else {
+            panic!("the model is a weather model");
+        };
+        let task = NextFields::new(&sizes, None).unwrap();
+        // Its first forecast is that.
+        let module = cast(task.template(1).unwrap(), DType::BF16);
+        let samples = task.held_out();
+        let serial = Arc::new(dsp_strategies::Serial);
+        let session = Session::new(serial, Group::alone(), task.shape(samples)).unwrap();
+        let place = Place {
+            device: Device::flex(),
+            dtype: DType::BF16,
+        };
+        let samples = Samples::HeldOut(0..samples);
+        let found = task.error(&module, &samples, &place, &session).unwrap();
+        let expected = task.baselines().unwrap()[0].error;
+        assert!(
+            (found - expected).abs() < 2e-6 * expected,
+            "{found} instead of {expected}"
+        );
+    }
+}
         Ok(vec![Shown::File(path, words)])
     }
 }
