@@ -97,6 +97,18 @@ pub enum ClipError {
         /// Frames that the clip has.
         available: usize,
     },
+    /// The last quarter of a clip, which a training holds out, is shorter than a sample.
+    #[error(
+        "the clip has {available} frames, of which a training holds out the last quarter, {held_out}, and a sample is of {wanted}; lower `frames`, or use a longer clip"
+    )]
+    NoneHeldOut {
+        /// A sample's frames.
+        wanted: usize,
+        /// Frames that are held out.
+        held_out: usize,
+        /// Frames that the clip has.
+        available: usize,
+    },
     /// A larger picture is asked for than the clip has: nothing is invented by scaling up.
     #[error(
         "{wanted_height}×{wanted_width} pixels are asked for (height×width), but the clip has {height}×{width}, and clips are only scaled down; lower `height` and `width`, or use a larger clip"

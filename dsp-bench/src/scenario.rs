@@ -11,10 +11,24 @@ use std::time::Duration;
 use burn::tensor::DType;
 use dsp_core::launch::LONGEST_TIMEOUT;
 use dsp_models::language::Layers;
-use dsp_models::training::Reduce;
+use dsp_models::training::{Mesh, Reduce};
 use serde::{Deserialize, Serialize};
 
 use crate::subject::{LanguageSizes, Sizes, VideoSizes, VitSizes, WeatherSizes};
+
+// What is larger than these is a slip of the pen, not a model: it is refused before any work, and what is computed with
+// the sizes that are left stays far below 2^64.
+
+/// The most samples of a batch.
+pub(crate) const MOST_SAMPLES: usize = 1 << 20;
+/// The longest extent of a sample: tokens, frames, pixels, times, latitudes.
+pub(crate) const LONGEST: usize = 1 << 24;
+/// The most channels of a token, of its caption and of a feed-forward, heads, classes, and tokens of a caption.
+pub(crate) const WIDEST: usize = 1 << 18;
+/// The most layers.
+pub(crate) const DEEPEST: usize = 1 << 16;
+/// The most compute threads of a rank.
+const MOST_THREADS: usize = 1 << 12;
 
 /// The scenarios that are compiled in: name, text.
 const BUILT_IN: [(&str, &str); 9] = [
@@ -216,10 +230,10 @@ pub enum ScenarioError {
         source: Box<toml::de::Error>,
     },
     /// A value that breaks a rule.
-    #[error("scenario {file}: {key} = {value}: {rule}")]
+    #[error("{place}: {key} = {value}: {rule}")]
     Rule {
-        /// The scenario's file or built-in name.
-        file: String,
+        /// Where it stands: the scenario, or a run's file.
+        place: String,
         /// The key, with its table: `model.heads`.
         key: &'static str,
         /// The value given.
@@ -302,14 +316,16 @@ impl Scenario {
     /// # Errors
     /// [`ScenarioError::Rule`], for the first rule that is broken.
     pub fn check(&self, file: &str) -> Result<(), ScenarioError> {
-        let rules = Rules { file };
+        let place = format!("scenario {file}");
+        let rules = Rules { place: &place };
         rules.hold(
             !self.name.trim().is_empty(),
             "name",
             &self.name,
             "must not be empty",
         )?;
-        rules.at_least_one(&[("batch", self.batch), ("min_repeats", self.min_repeats)])?;
+        rules.at_least_one(&[("min_repeats", self.min_repeats)])?;
+        rules.within(MOST_SAMPLES, &[("batch", self.batch)])?;
         self.model.sizes().check(self.batch, &rules)?;
 
         rules.hold(
@@ -319,14 +335,18 @@ impl Scenario {
             "must name at least one number",
         )?;
         let unique = |i: usize| !self.ranks[..i].contains(&self.ranks[i]);
+        let possible = |ranks| (1..=Mesh::MOST_RANKS).contains(&ranks);
         rules.hold(
-            (0..self.ranks.len()).all(|i| self.ranks[i] > 0 && unique(i)),
+            (0..self.ranks.len()).all(|i| possible(self.ranks[i]) && unique(i)),
             "ranks",
             &self.ranks,
-            "each must be at least 1 and stand there once",
+            format!(
+                "each must be at least 1 and at most {}, and stand there once",
+                Mesh::MOST_RANKS
+            ),
         )?;
         if let Some(threads) = self.threads_per_rank {
-            rules.at_least_one(&[("threads_per_rank", threads)])?;
+            rules.within(MOST_THREADS, &[("threads_per_rank", threads)])?;
         }
         if let Some(strategies) = &self.strategies {
             rules.hold(
@@ -334,6 +354,13 @@ impl Scenario {
                 "strategies",
                 strategies,
                 "must name at least one; leave the key out for all that are compiled in",
+            )?;
+            let unique = |i: usize| !strategies[..i].contains(&strategies[i]);
+            rules.hold(
+                (0..strategies.len()).all(unique),
+                "strategies",
+                strategies,
+                "each must stand there once",
             )?;
         }
 
@@ -367,10 +394,10 @@ impl Scenario {
     }
 }
 
-/// Holds values to rules: what breaks one is an error that names file, key, value and rule.
+/// Holds values to rules: what breaks one is an error that names place, key, value and rule.
 #[derive(Debug)]
 pub struct Rules<'a> {
-    pub(crate) file: &'a str,
+    pub(crate) place: &'a str,
 }
 
 impl Rules<'_> {
@@ -389,7 +416,7 @@ impl Rules<'_> {
             return Ok(());
         }
         Err(ScenarioError::Rule {
-            file: self.file.to_owned(),
+            place: self.place.to_owned(),
             key,
             value: format!("{value:?}"),
             rule: rule.into(),
@@ -419,6 +446,17 @@ impl Rules<'_> {
         all.try_for_each(|(key, value)| self.hold(*value > 0, key, value, "must be at least 1"))
     }
 
+    /// Numbers of which each is at least 1 and at most `most`.
+    pub(crate) fn within(
+        &self,
+        most: usize,
+        numbers: &[(&'static str, usize)],
+    ) -> Result<(), ScenarioError> {
+        let rule = || format!("must be at least 1 and at most {most}");
+        let mut all = numbers.iter();
+        all.try_for_each(|(key, value)| self.hold((1..=most).contains(value), key, value, rule()))
+    }
+
     /// A length that `side` must divide.
     pub(crate) fn multiple(
         &self,
@@ -432,9 +470,9 @@ impl Rules<'_> {
         self.hold(value.is_multiple_of(side), key, &value, rule)
     }
 
-    /// `model.hidden` and `model.heads`, where rotary positions turn pairs of a head's channels.
+    /// `model.hidden` and `model.heads`.
     pub(crate) fn heads(&self, hidden: usize, heads: usize) -> Result<(), ScenarioError> {
-        self.at_least_one(&[("model.hidden", hidden), ("model.heads", heads)])?;
+        self.within(WIDEST, &[("model.hidden", hidden), ("model.heads", heads)])?;
         self.hold(
             hidden.is_multiple_of(heads),
             "model.hidden",
@@ -442,7 +480,12 @@ impl Rules<'_> {
             format!(
                 "must be a multiple of model.heads = {heads}, for a head has hidden/heads channels"
             ),
-        )?;
+        )
+    }
+
+    /// The same where rotary positions turn pairs of a head's channels.
+    pub(crate) fn rotary_heads(&self, hidden: usize, heads: usize) -> Result<(), ScenarioError> {
+        self.heads(hidden, heads)?;
         self.hold(
             (hidden / heads).is_multiple_of(2),
             "model.hidden",
@@ -458,10 +501,12 @@ impl Rules<'_> {
     pub(crate) fn mlp_ratio(&self, ratio: f64, hidden: usize) -> Result<(), ScenarioError> {
         let wide = ratio * hidden as f64;
         self.hold(
-            wide.is_finite() && wide >= 1.0,
+            (1.0..=WIDEST as f64).contains(&wide),
             "model.mlp_ratio",
             &ratio,
-            "must give a feed-forward of at least one channel; 4.0 is usual",
+            format!(
+                "must give a feed-forward of at least one channel and at most {WIDEST}; 4.0 is usual"
+            ),
         )
     }
 }
@@ -593,6 +638,30 @@ mod tests {
             ("ranks = [1, 2, 3, 4]", "ranks = []", "ranks"),
             ("ranks = [1, 2, 3, 4]", "ranks = [1, 2, 2]", "ranks"),
             ("ranks = [1, 2, 3, 4]", "ranks = [0]", "ranks"),
+            (
+                "ranks = [1, 2, 3, 4]",
+                "ranks = [4611686018427387904]",
+                "at most 4096",
+            ),
+            (
+                "ranks = [1, 2, 3, 4]",
+                "ranks = [1]\nthreads_per_rank = 1000000",
+                "threads_per_rank = 1000000",
+            ),
+            (
+                "ranks = [1, 2, 3, 4]",
+                "ranks = [1]\nstrategies = [\"dsp\", \"ring\", \"dsp\"]",
+                "each must stand there once",
+            ),
+            ("batch = 2", "batch = 9000000000000000000", "batch = 9"),
+            ("hidden = 64", "hidden = 640000000", "model.hidden = 64"),
+            ("frames = 8", "frames = 8000000000", "model.frames = 8"),
+            ("mlp_ratio = 4.0", "mlp_ratio = 1e18", "model.mlp_ratio"),
+            (
+                "text_lengths = [12, 5]",
+                "text_lengths = [9000000000000000000, 5]",
+                "model.text_lengths",
+            ),
             (
                 "ranks = [1, 2, 3, 4]",
                 "ranks = [1]\nstrategies = []",

@@ -436,6 +436,38 @@ fn data_that_a_picture_cannot_be_cut_from_are_refused_before_anything_is_written
 }
 
 #[test]
+fn data_of_which_too_little_is_held_out_are_refused_with_what_there_is_and_the_rule() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |config: &RunConfig, words: &str| {
+        let error = run(config, &folder.path().join("run"), Begin::Fresh);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    let clip = folder.path().join("clip.y4m");
+    let mut frames = b"YUV4MPEG2 W16 H16 F25:1 C420\n".to_vec();
+    for _ in 0..20 {
+        frames.extend(b"FRAME\n");
+        frames.extend([128; 16 * 16 * 3 / 2]);
+    }
+    std::fs::write(&clip, frames).unwrap();
+    let mut config = small(ModelKind::Video, &["model.frames=6"]);
+    config.set_data(&clip).unwrap();
+    refused(
+        &config,
+        "the clip has 20 frames, of which a training holds out the last quarter, 5, and a sample is of 6",
+    );
+    refused(
+        &small(ModelKind::Weather, &["model.times=13"]),
+        "has 36 times, of which a training holds out the last third, 12, and a sample is of 13",
+    );
+    curve_of(&small(
+        ModelKind::Weather,
+        &["model.times=12", "training.steps=5"],
+    ))
+    .unwrap();
+}
+
+#[test]
 fn values_that_no_run_can_have_are_refused_with_their_rule() {
     for (kind, change, words) in [
         (ModelKind::Lm, "model.tokens=1", "model.tokens = 1"),
@@ -444,11 +476,79 @@ fn values_that_no_run_can_have_are_refused_with_their_rule() {
         (ModelKind::Vit, "deadline_seconds=1e-20", "above 0"),
         (ModelKind::Vit, "deadline_seconds=nan", "above 0"),
         (ModelKind::Vit, "deadline_seconds=-1.0", "above 0"),
+        (
+            ModelKind::Lm,
+            "model.key_value_heads=3",
+            "the command line: model.key_value_heads = 3: must divide model.heads = 4",
+        ),
+        (
+            ModelKind::Hybrid,
+            "model.layers={hybrid={softmax_every=0}}",
+            "model.layers.hybrid.softmax_every = 0: must be at least 1",
+        ),
+        (
+            ModelKind::Lm,
+            "mesh.dp=0",
+            "mesh.dp = 0: must be at least 1",
+        ),
+        (
+            ModelKind::Lm,
+            "mesh.sp=4611686018427387904",
+            "mesh = sp=4611686018427387904,dp=1: sp times dp must be at most 4096",
+        ),
+        (
+            ModelKind::Lm,
+            "training.batch=9000000000000000",
+            "training.batch = 9000000000000000: must be at least 1 and at most",
+        ),
+        (
+            ModelKind::Video,
+            "model.text_tokens=9000000000000000000",
+            "model.text_tokens = 9000000000000000000: must be at least 1 and at most",
+        ),
+        // Also those that are not set.
+        (ModelKind::Lm, "training.microbath=1", "microbatch"),
     ] {
         let run = RunConfig::of_model(kind).unwrap();
         let error = run.with(&[change.parse().unwrap()]).unwrap_err();
         assert!(error.to_string().contains(words), "{change}: {error}");
     }
+}
+
+#[test]
+fn an_error_of_a_runs_file_begins_with_the_file() {
+    let text = RunConfig::of_model(ModelKind::Lm).unwrap().to_toml();
+    let text = text.unwrap().replace("keep = 3", "keep = 0");
+    let error = RunConfig::parse("my-run.toml", &text).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "my-run.toml: keep = 0: must be at least 1"
+    );
+}
+
+#[test]
+fn data_that_are_named_by_their_key_are_found_from_anywhere_too() {
+    let run = RunConfig::of_model(ModelKind::Lm).unwrap();
+    let run = run.with(&["model.text=my.txt".parse().unwrap()]).unwrap();
+    let whole = std::env::current_dir().unwrap().join("my.txt");
+    let named = toml::Value::from(whole.to_str().unwrap());
+    let written: toml::Table = toml::from_str(&run.to_toml().unwrap()).unwrap();
+    assert_eq!(written["model"]["text"], named);
+}
+
+#[test]
+fn a_vision_transformers_heads_may_have_an_odd_number_of_channels() {
+    let of = |strategy: &str, ranks: &str| {
+        let changes = ["model.hidden=12", "training.steps=5", strategy, ranks];
+        curve_of(&small(ModelKind::Vit, &changes)).unwrap()
+    };
+    let found = of("strategy=ring", "mesh.sp=2");
+    assert_near(
+        &found,
+        &of("strategy=serial", "mesh.sp=1"),
+        1e-4,
+        "odd heads",
+    );
 }
 
 #[test]

@@ -218,6 +218,20 @@ pub enum FieldsError {
         /// Times that there are.
         available: usize,
     },
+    /// The last third of the times, which a training holds out, is shorter than a sample.
+    #[error(
+        "{file} has {available} times, of which a training holds out the last third, {held_out}, and a sample is of {times}; lower the times, or use a longer file"
+    )]
+    NoneHeldOut {
+        /// The file.
+        file: String,
+        /// A sample's times.
+        times: usize,
+        /// Times that are held out.
+        held_out: usize,
+        /// Times that there are.
+        available: usize,
+    },
     /// A finer grid is asked for than there is: nothing is invented between its points.
     #[error(
         "{latitudes}×{longitudes} points are asked for (latitudes×longitudes), but {file} has {rows}×{columns}, and grids are only thinned; ask for fewer, or use a finer file"

@@ -10,7 +10,7 @@ use dsp_models::weights::cast;
 use serde::{Deserialize, Serialize};
 
 use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
-use crate::scenario::{Rules, Scenario, ScenarioError};
+use crate::scenario::{DEEPEST, LONGEST, Rules, Scenario, ScenarioError, WIDEST};
 use crate::text::{self, Text, TextError, VOCABULARY};
 
 /// The sizes of a language model and of the text that it sees.
@@ -59,25 +59,32 @@ impl LanguageSizes {
 
 impl Sizes for LanguageSizes {
     fn check(&self, _batch: usize, rules: &Rules<'_>) -> Result<(), ScenarioError> {
-        rules.at_least_one(&[
-            ("model.depth", self.depth),
-            ("model.inner", self.inner),
-            ("model.key_value_heads", self.key_value_heads),
-        ])?;
         rules.hold(
-            self.tokens >= 2,
+            (2..=LONGEST).contains(&self.tokens),
             "model.tokens",
             &self.tokens,
-            "must be at least 2: each token is said from those before it",
+            format!("must be at least 2, as each token is said from those before it, and at most {LONGEST}"),
         )?;
-        rules.heads(self.hidden, self.heads)?;
-        let wrong = self.config().check().err().map(|error| error.to_string());
+        rules.within(DEEPEST, &[("model.depth", self.depth)])?;
+        rules.within(WIDEST, &[("model.inner", self.inner)])?;
+        rules.rotary_heads(self.hidden, self.heads)?;
+        let shared = ("model.key_value_heads", self.key_value_heads);
+        rules.within(WIDEST, &[shared])?;
         rules.hold(
-            wrong.is_none(),
-            "model",
-            &self.hidden,
-            wrong.unwrap_or_default(),
-        )
+            self.heads.is_multiple_of(shared.1),
+            shared.0,
+            &shared.1,
+            format!(
+                "must divide model.heads = {}, for as many query heads share each key-value head",
+                self.heads
+            ),
+        )?;
+        match self.layers {
+            Layers::Hybrid { softmax_every } => {
+                rules.at_least_one(&[("model.layers.hybrid.softmax_every", softmax_every)])
+            }
+            Layers::Softmax | Layers::Linear => Ok(()),
+        }
     }
 
     fn file(&mut self) -> &mut Option<PathBuf> {

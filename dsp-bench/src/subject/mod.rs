@@ -58,8 +58,8 @@ pub enum SubjectError {
     /// The text cannot be used.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// The scenario's sizes describe no model.
-    #[error("the scenario's model: {0}")]
+    /// The sizes describe no model.
+    #[error("the model: {0}")]
     Config(#[from] ConfigError),
     /// The model failed.
     #[error(transparent)]

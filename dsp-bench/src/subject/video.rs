@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
 use crate::clip::{self, Clip, ClipError};
-use crate::scenario::{Rules, Scenario, ScenarioError};
+use crate::scenario::{DEEPEST, LONGEST, Rules, Scenario, ScenarioError, WIDEST};
 
 /// What is drawn from the scenario's seed beside the weights and the timesteps.
 const CAPTION: u64 = 0;
@@ -106,28 +106,28 @@ impl VideoSizes {
 
 impl Sizes for VideoSizes {
     fn check(&self, batch: usize, rules: &Rules<'_>) -> Result<(), ScenarioError> {
-        rules.at_least_one(&[
+        let extents = [
             ("model.frames", self.frames),
             ("model.height", self.height),
             ("model.width", self.width),
-            ("model.depth", self.depth),
+        ];
+        rules.within(LONGEST, &extents)?;
+        rules.within(DEEPEST, &[("model.depth", self.depth)])?;
+        let caption = [
             ("model.caption_channels", self.caption_channels),
             ("model.text_tokens", self.text_tokens),
-        ])?;
+        ];
+        rules.within(WIDEST, &caption)?;
         rules.hold(
             self.patch.iter().all(|&side| side > 0),
             "model.patch",
             &self.patch,
             "each side must be at least 1",
         )?;
-        for (key, value, side) in [
-            ("model.frames", self.frames, self.patch[0]),
-            ("model.height", self.height, self.patch[1]),
-            ("model.width", self.width, self.patch[2]),
-        ] {
+        for ((key, value), side) in extents.into_iter().zip(self.patch) {
             rules.multiple(key, value, side, "the patch's side")?;
         }
-        rules.heads(self.hidden, self.heads)?;
+        rules.rotary_heads(self.hidden, self.heads)?;
         rules.hold(
             self.hidden.is_multiple_of(4),
             "model.hidden",
@@ -212,12 +212,12 @@ impl Sizes for VideoSizes {
     /// There is no text encoder here: caption features are random, of the given lengths.
     fn subject(&self, scenario: &Scenario) -> Result<Arc<dyn Subject>, SubjectError> {
         let config = self.config();
-        // Dense: the published initialisation begins with zeros, behind which gradients would vanish.
-        let template = config.init(Init::Dense, scenario.seed, &Device::flex())?;
-        let template = cast(template, scenario.dtype.dtype());
         let clip = self.read_clip()?;
         let batch = scenario.batch;
         let pixels = clip.batch(batch, self.frames, self.height, self.width)?;
+        // Dense: the published initialisation begins with zeros, behind which gradients would vanish.
+        let template = config.init(Init::Dense, scenario.seed, &Device::flex())?;
+        let template = cast(template, scenario.dtype.dtype());
         let video = [batch, 3, self.frames, self.height, self.width];
         let drawn = |stream, shape: &[usize]| {
             let count = shape.iter().product();

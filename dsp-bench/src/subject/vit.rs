@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
 use crate::clip::{self, Clip, ClipError};
-use crate::scenario::{Rules, Scenario, ScenarioError};
+use crate::scenario::{DEEPEST, LONGEST, Rules, Scenario, ScenarioError, WIDEST};
 
 /// What is drawn from the scenario's seed beside the weights.
 const LABELS: u64 = 0;
@@ -65,16 +65,13 @@ impl VitSizes {
 
 impl Sizes for VitSizes {
     fn check(&self, _batch: usize, rules: &Rules<'_>) -> Result<(), ScenarioError> {
-        rules.at_least_one(&[
-            ("model.height", self.height),
-            ("model.width", self.width),
-            ("model.patch", self.patch),
-            ("model.depth", self.depth),
-            ("model.inner", self.inner),
-            ("model.classes", self.classes),
-        ])?;
+        let [height, width] = [("model.height", self.height), ("model.width", self.width)];
+        rules.within(LONGEST, &[height, width, ("model.patch", self.patch)])?;
+        rules.within(DEEPEST, &[("model.depth", self.depth)])?;
+        let wide = [("model.inner", self.inner), ("model.classes", self.classes)];
+        rules.within(WIDEST, &wide)?;
         rules.heads(self.hidden, self.heads)?;
-        for (key, value) in [("model.height", self.height), ("model.width", self.width)] {
+        for (key, value) in [height, width] {
             rules.multiple(key, value, self.patch, "the patch's side")?;
         }
         Ok(())
@@ -120,9 +117,9 @@ impl Sizes for VitSizes {
 
     fn subject(&self, scenario: &Scenario) -> Result<Arc<dyn Subject>, SubjectError> {
         let config = self.config();
-        let template = config.init(scenario.seed, &Device::flex())?;
         let batch = scenario.batch;
         let pixels = self.read_clip()?.batch(batch, 1, self.height, self.width)?;
+        let template = config.init(scenario.seed, &Device::flex())?;
         let classes = Draws::new(scenario.seed, Purpose::Other, LABELS).uniforms(batch);
         Ok(Arc::new(Classes {
             template: cast(template, scenario.dtype.dtype()),

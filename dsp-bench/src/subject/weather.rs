@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Description, Output, Pass, Run, Sizes, Subject, SubjectError, Workload};
 use crate::fields::{self, BUILT_IN_VARIABLES, Fields, FieldsError};
-use crate::scenario::{Rules, Scenario, ScenarioError};
+use crate::scenario::{DEEPEST, LONGEST, Rules, Scenario, ScenarioError};
 
 /// The sizes of a weather model and of the fields that it sees.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,13 +66,14 @@ impl WeatherSizes {
 
 impl Sizes for WeatherSizes {
     fn check(&self, _batch: usize, rules: &Rules<'_>) -> Result<(), ScenarioError> {
-        rules.at_least_one(&[
+        let extents = [
             ("model.times", self.times),
             ("model.latitudes", self.latitudes),
             ("model.longitudes", self.longitudes),
-            ("model.depth", self.depth),
-        ])?;
-        rules.heads(self.hidden, self.heads)?;
+        ];
+        rules.within(LONGEST, &extents)?;
+        rules.within(DEEPEST, &[("model.depth", self.depth)])?;
+        rules.rotary_heads(self.hidden, self.heads)?;
         rules.mlp_ratio(self.mlp_ratio, self.hidden)?;
         let variables = self.variables();
         rules.hold(

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use dsp_models::training::Mesh;
 
 use super::config::{Change, RunConfig, RunConfigError};
@@ -36,7 +37,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<DeviceChoice>,
     /// Ranks that share a sequence: --ranks 4 is --mesh sp=4.
-    #[arg(long, value_name = "N", conflicts_with = "mesh")]
+    #[arg(long, value_name = "N", conflicts_with = "mesh", value_parser = ranks())]
     pub ranks: Option<usize>,
     /// Ranks that share a sequence, times replicas with samples of their own, e.g. sp=2,dp=2.
     #[arg(long)]
@@ -45,18 +46,27 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Steps in all.
-    #[arg(long)]
+    #[arg(long, value_parser = of_toml())]
     pub steps: Option<u64>,
     /// What ranks look for in all that passes them: finite names the first rank and layer that have a NaN or an infinity,
     /// and reads all activations once more each way for it; nothing, if not said.
     #[arg(long, value_name = "WHAT")]
     pub watch: Option<String>,
     /// Of all that is random.
-    #[arg(long)]
+    #[arg(long, value_parser = of_toml())]
     pub seed: Option<u64>,
     /// Any other value of the run, e.g. training.learning_rate=0.001; may stand several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<Change>,
+}
+
+/// The numbers that a configuration's file can hold.
+fn of_toml() -> RangedU64ValueParser<u64> {
+    RangedU64ValueParser::new().range(..=i64::MAX as u64)
+}
+
+fn ranks() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=Mesh::MOST_RANKS as u64)
 }
 
 impl TrainArgs {
@@ -105,6 +115,7 @@ impl TrainArgs {
             key: key.to_owned(),
             value,
         };
+        // None is larger: they are parsed so.
         let number = |number: u64| toml::Value::Integer(i64::try_from(number).unwrap_or(i64::MAX));
         let device = self.device.as_ref().map(ToString::to_string);
         let mut changes = Vec::new();
@@ -123,5 +134,40 @@ impl TrainArgs {
                 .map(|(key, size)| change(key, number(size as u64)))
         }));
         changes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: TrainArgs,
+    }
+
+    #[test]
+    fn a_number_that_the_runs_file_cannot_hold_is_refused_and_not_changed() {
+        let parse = |more: [&str; 2]| {
+            let line = Line::try_parse_from(["dsp", "--model", "lm"].into_iter().chain(more));
+            line.map(|line| line.args.run().unwrap())
+        };
+        let largest = i64::MAX.to_string();
+        assert_eq!(
+            parse(["--seed", &largest]).unwrap().training.seed,
+            i64::MAX as u64
+        );
+        for (option, value) in [
+            ("--seed", "9223372036854775808"),
+            ("--steps", "18446744073709551615"),
+            ("--ranks", "4611686018427387904"),
+            ("--ranks", "0"),
+        ] {
+            let error = parse([option, value]).unwrap_err().to_string();
+            assert!(error.contains(value) && error.contains(option), "{error}");
+        }
     }
 }

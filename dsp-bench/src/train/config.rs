@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::data::Data;
 use super::vit::TURNS;
 use crate::devices::DeviceChoice;
-use crate::scenario::{ModelKind, ModelSizes, Precision, Rules, ScenarioError};
+use crate::scenario::{MOST_SAMPLES, ModelKind, ModelSizes, Precision, Rules, ScenarioError};
 
 /// The runs that are compiled in.
 const BUILT_IN: [(ModelKind, &str); 6] = [
@@ -152,7 +152,13 @@ impl RunConfig {
         // The library's configurations take what they know and leave the rest: a key that is not there when they are
         // written again was misspelt.
         let given: toml::Table = toml::from_str(text).map_err(malformed)?;
-        let known = toml::Table::try_from(&run.training).unwrap_or_default();
+        // With all of them: what is not set is not written.
+        let whole = TrainingConfig {
+            microbatch: Some(1),
+            clip_norm: Some(1.0),
+            ..run.training.clone()
+        };
+        let known = toml::Table::try_from(&whole).unwrap_or_default();
         let training = given.get("training").and_then(toml::Value::as_table);
         let unknown = training.and_then(|table| table.keys().find(|key| !known.contains_key(*key)));
         if let Some(key) = unknown {
@@ -172,7 +178,7 @@ impl RunConfig {
     /// # Errors
     /// [`RunConfigError`] for the first rule that is broken.
     pub fn check(&self, file: &str) -> Result<(), RunConfigError> {
-        let rules = Rules { file };
+        let rules = Rules { place: file };
         rules.at_least_one(&[
             ("evaluate_every", self.evaluate_every as usize),
             ("checkpoint_every", self.checkpoint_every as usize),
@@ -180,6 +186,12 @@ impl RunConfig {
             ("mesh.sp", self.mesh.sp),
             ("mesh.dp", self.mesh.dp),
         ])?;
+        rules.hold(
+            self.mesh.check().is_ok(),
+            "mesh",
+            &format_args!("{}", self.mesh),
+            format!("sp times dp must be at most {}", Mesh::MOST_RANKS),
+        )?;
         rules.seconds("deadline_seconds", self.deadline_seconds)?;
         let checked = self.training.check();
         checked.map_err(|source| RunConfigError::Training {
@@ -195,6 +207,7 @@ impl RunConfig {
                 self.mesh.dp
             ),
         )?;
+        rules.within(MOST_SAMPLES, &[("training.batch", self.training.batch)])?;
         self.model.sizes().check(self.training.batch, &rules)?;
         match &self.model {
             ModelSizes::Vit(sizes) => {
@@ -237,7 +250,8 @@ impl RunConfig {
         Ok(())
     }
 
-    /// The same with some values changed, each named by its key, as in `training.steps`.
+    /// The same with some values changed, each named by its key, as in `training.steps`. Data are named relative to the
+    /// current folder, and kept as by [`set_data`](Self::set_data).
     ///
     /// # Errors
     /// [`RunConfigError`] if there is no such key, or a value breaks a rule.
@@ -263,7 +277,11 @@ impl RunConfig {
             inner.insert(last.to_owned(), value.clone());
         }
         let text = toml::to_string(&table).map_err(RunConfigError::Unwritable)?;
-        Self::parse(COMMAND_LINE, &text)
+        let mut run = Self::parse(COMMAND_LINE, &text)?;
+        if let Some(path) = run.model.sizes_mut().file().clone() {
+            run.set_data(&path)?;
+        }
+        Ok(run)
     }
 
     /// The whole of it as TOML.

@@ -56,24 +56,20 @@ impl Velocity {
     pub(super) fn new(sizes: &VideoSizes, data: Option<Data>) -> Result<Self, SubjectError> {
         let clip = Data::clip(data)?;
         let clip = clip.sample(0, clip.frames, sizes.height, sizes.width)?;
-        let first_held_out = clip.frames - clip.frames / 4;
-        for (start, available) in [
-            (0, first_held_out),
-            (first_held_out, clip.frames - first_held_out),
-        ] {
-            if available < sizes.frames {
-                return Err(ClipError::TooFewFrames {
-                    wanted: sizes.frames,
-                    start,
-                    available,
-                }
-                .into());
+        let held_out = clip.frames / 4;
+        // Then there are enough to learn from too.
+        if held_out < sizes.frames {
+            return Err(ClipError::NoneHeldOut {
+                wanted: sizes.frames,
+                held_out,
+                available: clip.frames,
             }
+            .into());
         }
         Ok(Self {
             config: sizes.config(),
             frames: sizes.frames,
-            first_held_out,
+            first_held_out: clip.frames - held_out,
             text_tokens: sizes.text_tokens,
             clip,
         })
@@ -258,6 +254,10 @@ impl Task for Velocity {
         let [_, _, frames, height, width] = size;
         let path = stage.folder.join("frames.png");
         let path = picture::frames(&path, &rgb, [frames, height, width])?;
+        let words = format!("{frames} frames from noise in {STEPS} steps, guided by {GUIDANCE}");
+        Ok(vec![Shown::File(path, words)])
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -305,9 +305,5 @@ mod tests {
             (found - expected).abs() < 2e-6 * expected,
             "{found} instead of {expected}"
         );
-    }
-}
-        let words = format!("{frames} frames from noise in {STEPS} steps, guided by {GUIDANCE}");
-        Ok(vec![Shown::File(path, words)])
     }
 }

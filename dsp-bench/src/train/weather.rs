@@ -52,19 +52,16 @@ impl NextFields {
         let thinned = all.thinned(sizes.latitudes, sizes.longitudes)?;
         let available = thinned.seasons.len();
         let first_held_out = available - available / 3;
-        let held_out = available - first_held_out;
-        // A sample to learn from has one time more than the model sees; a held-out one begins a time earlier.
-        for available in [first_held_out.saturating_sub(1), held_out] {
-            if available < sizes.times {
-                return Err(FieldsError::TooFewTimes {
-                    file: thinned.source,
-                    batch: 1,
-                    times: sizes.times,
-                    needed: 3 * sizes.times + 3,
-                    available: thinned.seasons.len(),
-                }
-                .into());
+        // A held-out sample begins a time earlier. Then there are enough to learn from too, of which a sample has one
+        // time more than the model sees.
+        if available / 3 < sizes.times {
+            return Err(FieldsError::NoneHeldOut {
+                file: thinned.source,
+                times: sizes.times,
+                held_out: available / 3,
+                available,
             }
+            .into());
         }
         let shape = [
             thinned.latitudes.len(),
@@ -309,6 +306,9 @@ impl Task for NextFields {
             "{} of the last time: from the top truth, forecast, climatology, persistence",
             self.variable
         );
+        Ok(vec![Shown::File(path, words)])
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -347,8 +347,5 @@ mod tests {
             (found - expected).abs() < 2e-6 * expected,
             "{found} instead of {expected}"
         );
-    }
-}
-        Ok(vec![Shown::File(path, words)])
     }
 }

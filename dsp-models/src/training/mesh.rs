@@ -30,11 +30,35 @@ pub struct MeshError {
     /// The text.
     pub text: String,
     /// What is wrong with it.
-    pub rule: &'static str,
+    pub rule: String,
+}
+
+fn size_rule() -> String {
+    format!(
+        "each number is at least 1, and their product at most {}",
+        Mesh::MOST_RANKS
+    )
 }
 
 impl Mesh {
-    /// The ranks of it.
+    /// The most ranks of a mesh: more of them are a slip of the pen.
+    pub const MOST_RANKS: usize = 1 << 12;
+
+    /// Checks that it has at least one rank each way, and in all no more than [`MOST_RANKS`](Self::MOST_RANKS).
+    ///
+    /// # Errors
+    /// [`MeshError`] with the rule.
+    pub fn check(&self) -> Result<(), MeshError> {
+        match self.sp.checked_mul(self.dp) {
+            Some(ranks) if (1..=Self::MOST_RANKS).contains(&ranks) => Ok(()),
+            _ => Err(MeshError {
+                text: self.to_string(),
+                rule: size_rule(),
+            }),
+        }
+    }
+
+    /// The ranks of it, if it passes its [check](Self::check).
     pub fn ranks(&self) -> usize {
         self.sp * self.dp
     }
@@ -73,29 +97,34 @@ impl FromStr for Mesh {
     type Err = MeshError;
 
     fn from_str(text: &str) -> Result<Self, MeshError> {
-        let wrong = |rule| MeshError {
+        let wrong = |rule: String| MeshError {
             text: text.to_owned(),
             rule,
         };
         let mut sizes = [None; 2];
         for part in text.split(',') {
             let (name, size) = (part.trim().split_once('='))
-                .ok_or(wrong("each part is a name, = and a number"))?;
+                .ok_or_else(|| wrong("each part is a name, = and a number".to_owned()))?;
             let axis = match name {
                 "sp" => 0,
                 "dp" => 1,
-                _ => return Err(wrong("the names are sp (sequence) and dp (data)")),
+                _ => {
+                    return Err(wrong(
+                        "the names are sp (sequence) and dp (data)".to_owned(),
+                    ));
+                }
             };
-            let size = size.parse().ok().filter(|&size: &usize| size > 0);
-            let size = size.ok_or(wrong("each number is at least 1"))?;
+            let size = size.parse().ok();
+            let size: usize = size.ok_or_else(|| wrong(size_rule()))?;
             if sizes[axis].replace(size).is_some() {
-                return Err(wrong("each name stands there once"));
+                return Err(wrong("each name stands there once".to_owned()));
             }
         }
-        Ok(Self {
+        let mesh = Self {
             sp: sizes[0].unwrap_or(1),
             dp: sizes[1].unwrap_or(1),
-        })
+        };
+        mesh.check().map(|()| mesh)
     }
 }
 
@@ -114,6 +143,9 @@ mod tests {
             ("2x2", "a name, = and a number"),
             ("sp=0", "at least 1"),
             ("sp=-1", "at least 1"),
+            ("sp=4097", "at most 4096"),
+            ("sp=64,dp=65", "at most 4096"),
+            ("sp=4611686018427387904,dp=4", "at most 4096"),
             ("tp=2", "the names are"),
             ("sp=2,sp=2", "once"),
             ("", "a name, = and a number"),
