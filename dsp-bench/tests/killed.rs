@@ -250,6 +250,11 @@ fn what_cannot_be_gone_on_from_is_refused_with_what_is_wrong_with_it() {
         .output()
         .unwrap();
     has(said(&done), &["step 3", "--steps"]);
+    // As if it had been killed before that was written.
+    let page = run.join("report.html");
+    fs::remove_file(&page).unwrap();
+    assert!(small(&run, "--resume", 3).status().unwrap().success());
+    assert!(page.exists());
 
     // A bit of any file of the last checkpoint.
     let last = run.join("checkpoints/step-00000003");

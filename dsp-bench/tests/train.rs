@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{Refusal, linear_refusal, softmax_refusal};
 use dsp_bench::scenario::ModelKind;
 use dsp_bench::train::{
-    Begin, Change, Event, Line, Outcome, RunConfig, TrainError, metrics_of, train,
+    Begin, Change, Event, Line, Outcome, RunConfig, TrainError, metrics_of, train, write_report,
 };
 use dsp_models::training::{Store, digest};
 
@@ -604,6 +604,74 @@ fn passes_in_bfloat16_learn_as_those_in_f32_do() {
         // bfloat16 has 8 bits: a few steps of 2⁻⁸.
         assert_near(&half, &single, 0.03, &format!("{kind:?}"));
     }
+}
+
+#[test]
+fn a_model_that_is_no_number_any_more_is_an_error_and_is_never_saved() {
+    let ends = |changes: &[&str]| {
+        let folder = tempfile::tempdir().unwrap();
+        let all = ["strategy=megatron", "mesh.sp=2", "training.warmup=0"];
+        let config = small(ModelKind::Lm, &[&all[..], changes].concat());
+        let error = run(&config, folder.path(), Begin::Fresh);
+        let error = format!("{:#}", anyhow::Error::from(error.unwrap_err()));
+        let store = Store::open(folder.path().join("checkpoints")).unwrap();
+        assert_eq!(store.latest().unwrap(), None, "{error}");
+        // Nor is anything noted that no JSON can hold.
+        let lines = std::fs::read_to_string(folder.path().join("metrics.jsonl")).unwrap();
+        assert!(!lines.contains("null"), "{lines}");
+        error
+    };
+    // The step's loss is a number, and the weights that it leaves are none: the evaluation finds it,
+    let blown = ["training.learning_rate=1e30", "training.weight_decay=1e30"];
+    let error = ends(&[&blown[..], &["evaluate_every=1"]].concat());
+    assert!(
+        error.contains("after step 1 the held-out error is"),
+        "{error}"
+    );
+    // or who would save them,
+    let error = ends(&[&blown[..], &["checkpoint_every=1"]].concat());
+    assert!(error.contains("step 1 leaves weights"), "{error}");
+    // or the next step.
+    let error = ends(&blown);
+    assert!(error.contains("step 2 has the loss"), "{error}");
+}
+
+#[test]
+fn a_run_that_was_ended_before_it_was_shown_is_evaluated_and_shown_and_after_that_it_is_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let of = |strategy: &str| {
+        let steps = ["training.steps=4", "checkpoint_every=2", "evaluate_every=2"];
+        let ranks = ["training.warmup=0", "mesh.sp=2", strategy];
+        small(ModelKind::Lm, &[steps, ranks].concat())
+    };
+    let expected = run(&of("strategy=ring"), folder.path(), Begin::Fresh).unwrap();
+    let lines = curve(folder.path());
+    // As a library there is no page: the run was killed before it.
+    let found = run(&of("strategy=ulysses"), folder.path(), Begin::Latest).unwrap();
+    assert_near(&[found.error], &[expected.error], 1e-5, "held out");
+    assert!(!found.shown.is_empty());
+    assert_near(
+        &curve(folder.path()),
+        &lines,
+        1e-5,
+        "nothing is noted twice",
+    );
+
+    let page = write_report(folder.path(), "").unwrap();
+    let error = run(&of("strategy=ring"), folder.path(), Begin::Latest).unwrap_err();
+    assert!(
+        matches!(error, TrainError::Done { step: 4, steps: 4 }),
+        "{error}"
+    );
+    // One that goes on has not ended.
+    let more = of("strategy=ring").with(&["training.steps=5".parse().unwrap()]);
+    run(&more.unwrap(), folder.path(), Begin::Latest).unwrap();
+    assert!(!page.exists());
+    let error = run(&of("strategy=ring"), folder.path(), Begin::Latest).unwrap_err();
+    assert!(
+        matches!(error, TrainError::Done { step: 5, steps: 4 }),
+        "{error}"
+    );
 }
 
 #[test]

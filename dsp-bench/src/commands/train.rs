@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
 use comfy_table::{CellAlignment, Table, TableStyle};
 use dsp_bench::train::{self, Outcome, Shown, Watch, metrics_of};
 use dsp_core::Engine;
@@ -49,10 +48,8 @@ pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode>
             Shown::File(path, words) => println!("{}: {words}", shown(path)),
         }
     }
-    let page = folder.join("report.html");
-    let text = train::render(&config, &metrics_of(&folder)?, &outcome)?;
-    std::fs::write(&page, text).with_context(|| format!("cannot write {}", page.display()))?;
-    println!("report: {}", shown(&page));
+    let page = train::render(&config, &metrics_of(&folder)?, &outcome)?;
+    println!("report: {}", shown(&train::write_report(&folder, &page)?));
     println!("{}", finding(&outcome, &folder));
     Ok(ExitCode::SUCCESS)
 }

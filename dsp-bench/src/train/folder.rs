@@ -11,6 +11,8 @@ use super::run::{Line, TrainError};
 pub(super) const CONFIG: &str = "config.toml";
 pub(crate) const CHECKPOINTS: &str = "checkpoints";
 pub(super) const SAMPLES: &str = "samples";
+/// The page that shows a run which has ended.
+pub(super) const REPORT: &str = "report.html";
 const METRICS: &str = "metrics.jsonl";
 const LOCK: &str = "lock";
 
@@ -80,6 +82,25 @@ pub(super) fn write_config(config: &RunConfig, folder: &Path) -> Result<(), Trai
     replace(&folder.join(CONFIG), &config.to_toml()?)
 }
 
+/// Writes the page of a run that has ended, which is there whole or not at all: by it a run is known to have been shown.
+///
+/// # Errors
+/// [`TrainError::Io`] if it cannot be written.
+pub fn write_report(folder: &Path, page: &str) -> Result<PathBuf, TrainError> {
+    let path = folder.join(REPORT);
+    replace(&path, page)?;
+    Ok(path)
+}
+
+/// Removes the page of a run that goes on: it would say that the run has ended, and what it had learnt before.
+pub(super) fn remove_report(folder: &Path) -> Result<(), TrainError> {
+    let path = folder.join(REPORT);
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(failed("cannot be removed", &path)),
+    }
+}
+
 /// The configuration of the run in a folder.
 ///
 /// # Errors
@@ -109,11 +130,12 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    /// Goes on after `step`: what was written of later steps, which are made again, is taken out.
+    /// Goes on after `step` of `steps`: what was written of later steps, which are made again, is taken out, and so is
+    /// the last evaluation, which is made again too.
     ///
     /// # Errors
     /// [`TrainError::Io`] if the file cannot be read or written; it is then as it was.
-    pub(super) fn open(folder: &Path, step: u64) -> Result<Self, TrainError> {
+    pub(super) fn open(folder: &Path, step: u64, steps: u64) -> Result<Self, TrainError> {
         let path = folder.join(METRICS);
         let before = match fs::read_to_string(&path) {
             // Whatever is there is of no run.
@@ -121,9 +143,12 @@ impl Metrics {
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             before => before.map_err(failed("cannot be read", &path))?,
         };
-        let kept = before.lines().filter(|line| {
-            serde_json::from_str::<Line>(line).is_ok_and(|line| line.step() <= step)
-        });
+        let stays = |line: Line| match line {
+            Line::Step { step: of, .. } => of <= step,
+            Line::HeldOut { step: of, .. } => of <= step && of != steps,
+        };
+        let kept =
+            (before.lines()).filter(|line| serde_json::from_str::<Line>(line).is_ok_and(stays));
         let kept: String = kept.map(|line| format!("{line}\n")).collect();
         replace(&path, &kept)?;
         let file = OpenOptions::new().append(true).open(&path);
@@ -154,18 +179,21 @@ mod tests {
     #[test]
     fn metrics_go_on_after_the_step_and_what_was_cut_off_is_taken_out() {
         let folder = tempfile::tempdir().unwrap();
-        let mut metrics = Metrics::open(folder.path(), 0).unwrap();
+        let mut metrics = Metrics::open(folder.path(), 0, 9).unwrap();
         for step in 1..=4 {
             metrics.add(&line(step)).unwrap();
         }
         write!(metrics.file, "{{\"step\":5,\"held").unwrap();
         drop(metrics);
-        let mut metrics = Metrics::open(folder.path(), 2).unwrap();
+        let mut metrics = Metrics::open(folder.path(), 2, 9).unwrap();
         metrics.add(&line(3)).unwrap();
         let found = metrics_of(folder.path()).unwrap();
         assert_eq!(found, [1, 2, 3].map(line));
+        // An evaluation that is made again at the last step is there once.
+        drop(Metrics::open(folder.path(), 3, 3).unwrap());
+        assert_eq!(metrics_of(folder.path()).unwrap(), [1, 2].map(line));
         // Another run's are none of a new one's.
-        Metrics::open(folder.path(), 0).unwrap();
+        Metrics::open(folder.path(), 0, 9).unwrap();
         assert_eq!(metrics_of(folder.path()).unwrap(), []);
     }
 
@@ -175,7 +203,7 @@ mod tests {
         let path = folder.path().join(METRICS);
         let damaged = b"{\"step\":1,\"held_out\":0.5}\n\xff\n";
         fs::write(&path, damaged).unwrap();
-        let error = Metrics::open(folder.path(), 1).unwrap_err().to_string();
+        let error = Metrics::open(folder.path(), 1, 9).unwrap_err().to_string();
         assert!(
             error.contains("metrics.jsonl: cannot be read") && error.contains("UTF-8"),
             "{error}"
@@ -183,7 +211,7 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), damaged);
         // None at all is none yet.
         fs::remove_file(&path).unwrap();
-        Metrics::open(folder.path(), 1).unwrap();
+        Metrics::open(folder.path(), 1, 9).unwrap();
     }
 
     #[test]

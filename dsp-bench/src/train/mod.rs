@@ -33,7 +33,7 @@ use std::sync::Arc;
 pub use arguments::TrainArgs;
 pub use config::{Change, ChangeError, RunConfig, RunConfigError};
 pub(crate) use folder::CHECKPOINTS;
-pub use folder::{config_of, metrics_of};
+pub use folder::{config_of, metrics_of, write_report};
 pub use page::{PageError, render};
 pub use picture::PictureError;
 pub use run::{Begin, Event, Line, Outcome, TrainError};
@@ -59,38 +59,18 @@ pub fn train(
 ) -> Result<Outcome, TrainError> {
     let data = Data::of(config)?;
     let subject = config.subject(data.as_ref());
+    let run = run::Run {
+        config,
+        subject,
+        folder,
+        begin,
+        engine,
+        watch,
+    };
     match &config.model {
-        ModelSizes::Language(sizes) => run::run(
-            language::NextByte::new(sizes, data)?,
-            (config, subject),
-            folder,
-            begin,
-            engine,
-            watch,
-        ),
-        ModelSizes::Video(sizes) => run::run(
-            video::Velocity::new(sizes, data)?,
-            (config, subject),
-            folder,
-            begin,
-            engine,
-            watch,
-        ),
-        ModelSizes::Vit(sizes) => run::run(
-            vit::WhichWayUp::new(sizes, data)?,
-            (config, subject),
-            folder,
-            begin,
-            engine,
-            watch,
-        ),
-        ModelSizes::Weather(sizes) => run::run(
-            weather::NextFields::new(sizes, data)?,
-            (config, subject),
-            folder,
-            begin,
-            engine,
-            watch,
-        ),
+        ModelSizes::Language(sizes) => run.of(language::NextByte::new(sizes, data)?),
+        ModelSizes::Video(sizes) => run.of(video::Velocity::new(sizes, data)?),
+        ModelSizes::Vit(sizes) => run.of(vit::WhichWayUp::new(sizes, data)?),
+        ModelSizes::Weather(sizes) => run.of(weather::NextFields::new(sizes, data)?),
     }
 }

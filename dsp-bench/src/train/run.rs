@@ -24,7 +24,9 @@ use dsp_strategies::UnknownStrategy;
 use serde::{Deserialize, Serialize};
 
 use super::config::{RunConfig, RunConfigError};
-use super::folder::{CHECKPOINTS, CONFIG, Lock, Metrics, SAMPLES, failed, write_config};
+use super::folder::{
+    CHECKPOINTS, CONFIG, Lock, Metrics, REPORT, SAMPLES, failed, remove_report, write_config,
+};
 use super::task::{Baseline, Measure, Place, Samples, Shown, Stage, Task};
 use crate::devices::{DeviceError, Devices};
 use crate::subject::SubjectError;
@@ -94,7 +96,7 @@ pub enum TrainError {
         /// The others.
         others: Vec<u64>,
     },
-    /// A checkpoint that is past the end.
+    /// A checkpoint that is past the end, or at the end of a run that was shown.
     #[error(
         "the checkpoint is of step {step}, and the run has {steps} steps: name more by --steps"
     )]
@@ -116,6 +118,26 @@ pub enum TrainError {
         loss: f64,
         /// Its gradient's norm.
         gradient_norm: f64,
+    },
+    /// The held-out error is no number any more, though the step's loss was one.
+    #[error(
+        "after step {step} the held-out error is {error}: go on from an earlier checkpoint with a smaller learning rate, \
+         or with --watch finite, which names the layer"
+    )]
+    HeldOut {
+        /// After how many steps.
+        step: u64,
+        /// The error.
+        error: f64,
+    },
+    /// Weights, or the optimizer's moments of them, that are no numbers any more, though the step's loss was one.
+    #[error(
+        "step {step} leaves weights or moments that are not finite, and no checkpoint is made of them: the last one is of \
+         before; try a smaller learning rate or weight decay"
+    )]
+    NotFinite {
+        /// The step.
+        step: u64,
     },
     /// A file of the run.
     #[error("{}: {what}: {source}", path.display())]
@@ -201,14 +223,6 @@ pub enum Line {
     },
 }
 
-impl Line {
-    pub(super) fn step(&self) -> u64 {
-        match self {
-            Self::Step { step, .. } | Self::HeldOut { step, .. } => *step,
-        }
-    }
-}
-
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
@@ -231,102 +245,116 @@ impl Outcome {
     }
 }
 
-/// Trains a task into a folder.
-///
-/// # Errors
-/// [`TrainError`]: whatever can be known before the first step is.
-pub(super) fn run<T: Task>(
-    task: T,
-    (config, subject): (&RunConfig, Subject),
-    folder: &Path,
-    begin: Begin,
-    engine: &Engine,
-    watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
-) -> Result<Outcome, TrainError> {
-    // The launch would refuse it too, after the folder has been written to.
-    let (asked, started) = (config.mesh.ranks(), engine.most_ranks());
-    if asked > started {
-        return Err(CommError::Processes { asked, started }.into());
-    }
-    let strategy = dsp_strategies::by_name(&config.strategy)?;
-    // Weights and their averages have one type, what is computed perhaps another.
-    let devices = (config.device).open(engine, config.dtype.dtype())?;
-    (config.device).open(engine, config.training.compute.dtype(config.dtype.dtype()))?;
-    let largest = largest_part(config);
-    strategy.plan(&task.shape(largest), config.mesh.sp)?;
-    let checkpoints = folder.join(CHECKPOINTS);
-    let template = cast(task.template(config.training.seed)?, config.dtype.dtype());
-    let measure = task.measure();
-    let baselines = task.baselines()?;
+/// What is to be trained, but for the task.
+pub(super) struct Run<'a> {
+    pub(super) config: &'a RunConfig,
+    pub(super) subject: Subject,
+    pub(super) folder: &'a Path,
+    pub(super) begin: Begin,
+    pub(super) engine: &'a Engine,
+    pub(super) watch: Arc<dyn Fn(Event<'_>) + Send + Sync>,
+}
 
-    // Where ranks are processes, one of them writes: what several tidied up they would take from each other.
-    let writes = engine.held(1).contains(&0);
-    if writes && begin == Begin::Fresh {
-        fs::create_dir_all(folder).map_err(failed("cannot be made", folder))?;
-    }
-    // Before it is looked at what there is: another training would change it. (Here and not beside the writer, for ranks
-    // may drop that a moment after the launch has returned.)
-    let _lock = writes.then(|| Lock::take(folder)).transpose()?;
-    let start = match begin {
-        Begin::Fresh => {
-            if Store::existing(&checkpoints)
-                .is_ok_and(|store| !matches!(store.steps().as_deref(), Ok([])))
-            {
-                return Err(TrainError::Taken {
-                    folder: folder.to_owned(),
-                });
+impl Run<'_> {
+    /// Trains a task into the folder.
+    ///
+    /// # Errors
+    /// [`TrainError`]: whatever can be known before the first step is.
+    pub(super) fn of<T: Task>(self, task: T) -> Result<Outcome, TrainError> {
+        let Self {
+            config,
+            subject,
+            folder,
+            begin,
+            engine,
+            watch,
+        } = self;
+        // The launch would refuse it too, after the folder has been written to.
+        let (asked, started) = (config.mesh.ranks(), engine.most_ranks());
+        if asked > started {
+            return Err(CommError::Processes { asked, started }.into());
+        }
+        let strategy = dsp_strategies::by_name(&config.strategy)?;
+        // Weights and their averages have one type, what is computed perhaps another.
+        let devices = (config.device).open(engine, config.dtype.dtype())?;
+        (config.device).open(engine, config.training.compute.dtype(config.dtype.dtype()))?;
+        let largest = largest_part(config);
+        strategy.plan(&task.shape(largest), config.mesh.sp)?;
+        let checkpoints = folder.join(CHECKPOINTS);
+        let template = cast(task.template(config.training.seed)?, config.dtype.dtype());
+        let measure = task.measure();
+        let baselines = task.baselines()?;
+
+        // Where ranks are processes, one of them writes: what several tidied up they would take from each other.
+        let writes = engine.held(1).contains(&0);
+        if writes && begin == Begin::Fresh {
+            fs::create_dir_all(folder).map_err(failed("cannot be made", folder))?;
+        }
+        // Before it is looked at what there is: another training would change it. (Here and not beside the writer, for ranks
+        // may drop that a moment after the launch has returned.)
+        let _lock = writes.then(|| Lock::take(folder)).transpose()?;
+        let start = match begin {
+            Begin::Fresh => {
+                if Store::existing(&checkpoints)
+                    .is_ok_and(|store| !matches!(store.steps().as_deref(), Ok([])))
+                {
+                    return Err(TrainError::Taken {
+                        folder: folder.to_owned(),
+                    });
+                }
+                None
             }
-            None
-        }
-        Begin::Latest | Begin::Step(_) => {
-            let of = (config, &subject);
-            Some(load(&template, of, folder, &checkpoints, begin)?)
-        }
-    };
-    let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
-    let samples = folder.join(SAMPLES);
-    let writer = match writes {
-        true => {
-            let store = Store::open(&checkpoints)?;
-            // Those of steps that are made again are another curve's.
-            store.forget_after(step)?;
-            write_config(config, folder)?;
-            fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
-            let metrics = Mutex::new(Metrics::open(folder, step)?);
-            Some(Writer { store, metrics })
-        }
-        false => None,
-    };
-    watch(Event::Begins {
-        step,
-        steps: config.training.steps,
-        measure,
-        baselines: &baselines,
-    });
+            Begin::Latest | Begin::Step(_) => {
+                let of = (config, &subject);
+                Some(load(&template, of, folder, &checkpoints, begin)?)
+            }
+        };
+        let step = start.as_ref().map_or(0, |snapshot| snapshot.step);
+        let samples = folder.join(SAMPLES);
+        let writer = match writes {
+            true => {
+                let store = Store::open(&checkpoints)?;
+                // Those of steps that are made again are another curve's.
+                store.forget_after(step)?;
+                remove_report(folder)?;
+                write_config(config, folder)?;
+                fs::create_dir_all(&samples).map_err(failed("cannot be made", &samples))?;
+                let metrics = Mutex::new(Metrics::open(folder, step, config.training.steps)?);
+                Some(Writer { store, metrics })
+            }
+            false => None,
+        };
+        watch(Event::Begins {
+            step,
+            steps: config.training.steps,
+            measure,
+            baselines: &baselines,
+        });
 
-    let launch = Launch::new(config.mesh.ranks())
-        .timeout(Duration::from_secs_f64(config.deadline_seconds))
-        .on(engine);
-    let shared = Arc::new(Shared {
-        task,
-        config: config.clone(),
-        subject,
-        strategy,
-        devices,
-        template,
-        start,
-        writer,
-        samples,
-        watch,
-    });
-    let mut ends = launch.run(move |world| shared.on_rank(&world))?.into_iter();
-    let (error, shown) = ends.next().unwrap_or((f64::NAN, vec![]));
-    Ok(Outcome {
-        error: error * measure.factor,
-        measure,
-        baselines,
-        shown,
-    })
+        let launch = Launch::new(config.mesh.ranks())
+            .timeout(Duration::from_secs_f64(config.deadline_seconds))
+            .on(engine);
+        let shared = Arc::new(Shared {
+            task,
+            config: config.clone(),
+            subject,
+            strategy,
+            devices,
+            template,
+            start,
+            writer,
+            samples,
+            watch,
+        });
+        let mut ends = launch.run(move |world| shared.on_rank(&world))?.into_iter();
+        let (error, shown) = ends.next().unwrap_or((f64::NAN, vec![]));
+        Ok(Outcome {
+            error: error * measure.factor,
+            measure,
+            baselines,
+            shown,
+        })
+    }
 }
 
 /// The samples that a replica computes at once.
@@ -362,12 +390,11 @@ fn load<M: OriginalNames>(
     let here = Manifest::new(subject, step, training.batch, training.seed);
     Manifest::of(&loaded)?.check(&here, &loaded)?;
     let snapshot = Snapshot::from_files(template, &loaded, config.dtype.dtype())?;
-    match snapshot.step < training.steps {
-        true => Ok(snapshot),
-        false => Err(TrainError::Done {
-            step: snapshot.step,
-            steps: training.steps,
-        }),
+    let (step, steps) = (snapshot.step, training.steps);
+    let shown = || folder.join(REPORT).exists();
+    match step > steps || step == steps && shown() {
+        true => Err(TrainError::Done { step, steps }),
+        false => Ok(snapshot),
     }
 }
 
@@ -426,9 +453,21 @@ impl<T: Task> Shared<T> {
             dtype: training.compute.dtype(config.dtype.dtype()),
         };
         let mut error = f64::NAN;
+        // A run that was ended after its last checkpoint, and not shown yet.
+        if trainer.steps() == training.steps {
+            error = self.held_out(&trainer, &sessions, replica, &place)?;
+        }
         while trainer.steps() < training.steps {
             let begun = Instant::now();
             let report = self.step(&mut trainer, &sessions, replica, &place)?;
+            // Before it is noted: JSON has no numbers that are none.
+            if !(report.loss.is_finite() && report.gradient_norm.is_finite()) {
+                return Err(TrainError::Diverged {
+                    step: report.step,
+                    loss: report.loss,
+                    gradient_norm: report.gradient_norm,
+                });
+            }
             if world.rank() == 0 {
                 let tokens = (training.batch * task.tokens()) as f64;
                 self.note(&Line::Step {
@@ -439,25 +478,14 @@ impl<T: Task> Shared<T> {
                     tokens_per_second: tokens / begun.elapsed().as_secs_f64(),
                 })?;
             }
-            if !(report.loss.is_finite() && report.gradient_norm.is_finite()) {
-                return Err(TrainError::Diverged {
-                    step: report.step,
-                    loss: report.loss,
-                    gradient_norm: report.gradient_norm,
-                });
-            }
             let is_last = report.step == training.steps;
             if is_last || report.step % config.evaluate_every == 0 {
-                error = self.evaluate(&trainer, &sessions, replica, &place)?;
-                if world.rank() == 0 {
-                    let error = error * task.measure().factor;
-                    self.note(&Line::HeldOut {
-                        step: report.step,
-                        held_out: error,
-                    })?;
-                }
+                error = self.held_out(&trainer, &sessions, replica, &place)?;
             }
             if is_last || report.step % config.checkpoint_every == 0 {
+                if !trainer.is_finite(session)? {
+                    return Err(TrainError::NotFinite { step: report.step });
+                }
                 // The other replicas hold the same.
                 let of_replica = (replica == 0).then(|| trainer.snapshot(session));
                 let snapshot = of_replica.transpose()?.filter(|_| world.rank() == 0);
@@ -506,6 +534,26 @@ impl<T: Task> Shared<T> {
         trainer.step(&sessions.first, parts)
     }
 
+    /// The mean error of the held-out samples, the same on every rank: a number, and noted by the first.
+    fn held_out(
+        &self,
+        trainer: &Trainer<T::Module>,
+        sessions: &Sessions,
+        replica: usize,
+        place: &Place,
+    ) -> Result<f64, TrainError> {
+        let step = trainer.steps();
+        let error = self.evaluate(trainer, sessions, replica, place)?;
+        if !error.is_finite() {
+            return Err(TrainError::HeldOut { step, error });
+        }
+        if replica == 0 && sessions.first.group().rank() == 0 {
+            let held_out = error * self.task.measure().factor;
+            self.note(&Line::HeldOut { step, held_out })?;
+        }
+        Ok(error)
+    }
+
     /// The mean error of the held-out samples, the same on every rank.
     fn evaluate(
         &self,
@@ -541,19 +589,17 @@ impl<T: Task> Shared<T> {
     ) -> Result<(), TrainError> {
         let (config, training) = (&self.config, &self.config.training);
         let work = match (&self.writer, snapshot) {
-            (Some(writer), Some(snapshot)) => {
+            // To read tensors back takes time too, and no device minds which thread does it.
+            (Some(writer), Some(snapshot)) => Some(move || {
                 let step = snapshot.step;
                 let manifest = Manifest::new(&self.subject, step, training.batch, training.seed);
-                // Tensors are read where they were computed.
                 let mut files = snapshot.to_files(&manifest)?;
                 files.push((CONFIG, config.to_toml()?.into_bytes()));
                 let keep = NonZeroUsize::new(config.keep).unwrap_or(NonZeroUsize::MIN);
-                Some(move || {
-                    let path = writer.store.save(step, &files, keep)?;
-                    (self.watch)(Event::Saved(&path));
-                    Ok(())
-                })
-            }
+                let path = writer.store.save(step, &files, keep)?;
+                (self.watch)(Event::Saved(&path));
+                Ok(())
+            }),
             _ => None,
         };
         while_others_wait(work, world, device)

@@ -135,6 +135,12 @@ fn turned([y, x]: [usize; 2], side: usize, turns: usize) -> [usize; 2] {
     (0..turns).fold([y, x], |[y, x], _| [x, side - 1 - y])
 }
 
+/// Whether the logit of `class` is above all others: not if one is its equal, nor if one is no number.
+fn is_right(logits: &[f64], class: usize) -> bool {
+    let own = logits[class];
+    (logits.iter().enumerate()).all(|(other, &logit)| other == class || own > logit)
+}
+
 impl Task for WhichWayUp {
     type Module = Vit;
 
@@ -199,10 +205,8 @@ impl Task for WhichWayUp {
         let logits = module.forward(self.images(&pictures, place), session)?;
         let logits = gather_logits(logits, session)?.into_data();
         let logits: Vec<f64> = logits.iter::<f64>().collect();
-        let wrong = (logits.chunks(TURNS).zip(&pictures)).filter(|(logits, picture)| {
-            let own = logits[picture.turns];
-            (0..TURNS).any(|turns| turns != picture.turns && logits[turns] >= own)
-        });
+        let wrong = (logits.chunks(TURNS).zip(&pictures))
+            .filter(|(logits, picture)| !is_right(logits, picture.turns));
         // Known on every rank alike, and counted once.
         let share = wrong.count() as f64 / pictures.len() as f64;
         Ok(share / session.group().size() as f64)
@@ -216,6 +220,18 @@ impl Task for WhichWayUp {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_is_right_only_if_its_logit_is_above_all_others() {
+        assert!(is_right(&[0.0, 2.0, 1.0, -1.0], 1));
+        assert!(!is_right(&[0.0, 2.0, 1.0, -1.0], 2));
+        assert!(!is_right(&[2.0, 2.0, 1.0, -1.0], 1));
+        for class in 0..4 {
+            assert!(!is_right(&[f64::NAN; 4], class));
+            assert!(!is_right(&[f64::NAN, 9.0, 9.0, f64::NAN], class));
+        }
+        assert!(!is_right(&[f64::NAN, 2.0, 1.0, 0.0], 1));
+    }
 
     #[test]
     fn four_turns_are_none_and_one_brings_the_right_upper_corner_to_the_left() {

@@ -101,6 +101,14 @@ impl AdamW {
         })
     }
 
+    /// Whether all moments that this rank holds are.
+    pub(super) fn is_finite(&self) -> bool {
+        self.states.values().all(|state| {
+            let moments = &state.momentum;
+            is_finite(moments.moment_1.clone()) && is_finite(moments.moment_2.clone())
+        })
+    }
+
     /// The moments, cut as the module is; zeros before the first step.
     pub fn moments<M: Module>(&self, placed: &Placed<M>) -> Moments<Placed<M>> {
         let of = |moment: fn(&AdamWState<1>) -> &Tensor<1>| {
@@ -171,6 +179,11 @@ impl ModuleMapper for Step<'_> {
         }
         param
     }
+}
+
+/// Whether every number of a tensor is one.
+pub(super) fn is_finite<const D: usize>(x: Tensor<D>) -> bool {
+    x.shape().num_elements() == 0 || x.is_finite().all().into_scalar::<bool>()
 }
 
 /// A parameter again, as it was before its step.

@@ -1,12 +1,12 @@
 //! A training on one rank: the model's part, the optimizer, the steps that were made.
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use dsp_core::strategy::Part;
 use dsp_core::{CommError, Loss, Overlap, Placed, Session};
 
-use super::adamw::{AdamW, Moments};
+use super::adamw::{AdamW, Moments, is_finite};
 use super::config::{Compute, Reduce, TrainingConfig};
 use super::snapshot::Snapshot;
 
@@ -91,6 +91,27 @@ impl<M: Module> Trainer<M> {
             },
             step: self.steps,
         })
+    }
+
+    /// Whether every weight and every moment of the optimizer is finite, on all ranks: what is not stays so, step for step.
+    /// Every rank of the session and its replicas must call it.
+    ///
+    /// # Cost
+    /// A pass over what this rank holds, and an all-reduce of one number over ranks and replicas.
+    ///
+    /// # Errors
+    /// [`CommError`] if a rank fails.
+    pub fn is_finite(&self, session: &Session) -> Result<bool, CommError> {
+        let mut weights = Finite {
+            all: self.optimizer.is_finite(),
+            device: None,
+        };
+        self.model.module.visit(&mut weights);
+        let Some(device) = weights.device else {
+            return Ok(true);
+        };
+        let own = Tensor::from_floats([if weights.all { 0.0 } else { 1.0 }], &device);
+        Ok(session.sum_over_ranks(own)?.into_scalar::<f32>() == 0.0)
     }
 
     /// This rank's part of the model.
@@ -206,6 +227,20 @@ impl<M: Module> Trainer<M> {
             gradient_norm,
             learning_rate,
         })
+    }
+}
+
+/// Looks at a module's parameters.
+struct Finite {
+    all: bool,
+    device: Option<Device>,
+}
+
+impl ModuleVisitor for Finite {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val().inner();
+        self.device.get_or_insert_with(|| value.device());
+        self.all = self.all && is_finite(value);
     }
 }
 
