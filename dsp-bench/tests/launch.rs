@@ -284,8 +284,9 @@ mod on_mpi {
     #[test]
     #[ignore = "one of the processes of the test below"]
     fn one_of_three_without_rank_0() {
-        let mpi = dsp_core::transport::mpi::Mpi::start().unwrap();
-        let launch = Launch::new(3).timeout(DEADLINE).on(&Engine::Mpi(mpi));
+        // Dropped at the end, it waits for the others.
+        let engine = Engine::Mpi(dsp_core::transport::mpi::Mpi::start().unwrap());
+        let launch = Launch::new(3).timeout(DEADLINE).on(&engine);
         let failed = launch.run(move |group| match group.rank() {
             0 => loop {
                 std::thread::park();

@@ -10,7 +10,7 @@ use dsp_core::Engine;
 
 pub(crate) use dsp_bench::train::TrainArgs;
 
-use super::{engine, shown};
+use super::{engine, say, shown};
 
 /// Trains.
 pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode> {
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode>
         train::train(&config, &folder, begin, engine, Arc::new(|_| ()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
+    say!(
         "{}: {} steps under {} on {} into {}",
         config.model.kind().name(),
         config.training.steps,
@@ -40,17 +40,18 @@ pub(crate) fn run(args: &TrainArgs, engine: &Engine) -> anyhow::Result<ExitCode>
     );
     watch.finish();
     let outcome = outcome?;
+    let page = train::render(&config, &metrics_of(&folder)?, &outcome)?;
+    let report = train::write_report(&folder, &page)?;
 
-    println!("{}", tabulate(&outcome).trim_fmt());
+    say!("{}", tabulate(&outcome).trim_fmt());
     for what in &outcome.shown {
         match what {
-            Shown::Text(text) => println!("\n{text}\n"),
-            Shown::File(path, words) => println!("{}: {words}", shown(path)),
+            Shown::Text(text) => say!("\n{text}\n"),
+            Shown::File(path, words) => say!("{}: {words}", shown(path)),
         }
     }
-    let page = train::render(&config, &metrics_of(&folder)?, &outcome)?;
-    println!("report: {}", shown(&train::write_report(&folder, &page)?));
-    println!("{}", finding(&outcome, &folder));
+    say!("report: {}", shown(&report));
+    say!("{}", finding(&outcome, &folder));
     Ok(ExitCode::SUCCESS)
 }
 
