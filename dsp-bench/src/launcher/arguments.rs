@@ -27,6 +27,9 @@ pub struct Place {
     pub local: usize,
 }
 
+/// The machine's name in a Slurm job.
+const MACHINE: &str = "SLURMD_NODENAME";
+
 /// How a program says where a process that it started stands: rank, size, and rank on the machine.
 type Names = [&'static str; 3];
 
@@ -59,6 +62,7 @@ impl Environment {
         };
         let known = |name: &str| {
             name.starts_with("MASTER_")
+                || name == MACHINE
                 || OWN.contains(&name)
                 || OTHERS.as_flattened().contains(&name)
         };
@@ -111,6 +115,16 @@ impl Environment {
             // Another for each launcher of a machine: a Slurm job may have several.
             port: given("MASTER_PORT")
                 .unwrap_or_else(|| (20_000 + std::process::id() % 10_000).to_string()),
+        }
+    }
+
+    /// The same for ranks that MPI may start on other machines: by the name that they know this one by, if it has one.
+    pub(super) fn master_of_machines(&self) -> Master {
+        let Master { address, port } = self.master();
+        let name = (self.0.get("MASTER_ADDR")).or_else(|| self.0.get(MACHINE));
+        Master {
+            address: name.cloned().unwrap_or(address),
+            port,
         }
     }
 }
@@ -363,8 +377,21 @@ mod tests {
     #[test]
     fn what_was_said_of_the_first_rank_stays() {
         let given = [("MASTER_ADDR", "node7"), ("MASTER_PORT", "1234")];
-        let variables = environment(&given).master().variables();
-        assert_eq!(variables.map(|(_, value)| value), ["node7", "1234"]);
+        let slurm = [given[0], given[1], ("SLURMD_NODENAME", "node3")];
+        let said = |master: Master| master.variables().map(|(_, value)| value);
+        assert_eq!(said(environment(&given).master()), ["node7", "1234"]);
+        assert_eq!(
+            said(environment(&slurm).master_of_machines()),
+            ["node7", "1234"]
+        );
+        assert_eq!(
+            said(environment(&slurm[1..]).master_of_machines()),
+            ["node3", "1234"]
+        );
+        assert_eq!(
+            said(environment(&given[1..]).master_of_machines()),
+            ["127.0.0.1", "1234"]
+        );
         // Two launchers of one Slurm job meet at different ports, each on its machine.
         let slurm = [
             ("SLURM_JOB_ID", "1234"),

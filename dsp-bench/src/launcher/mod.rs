@@ -364,6 +364,7 @@ fn commands(
             // Bound to a core each, as `mpirun` has it by default, ranks could use no other one, and each would share
             // its own with its communication thread. `--bind-to` says otherwise.
             command.env("OMPI_MCA_hwloc_base_binding_policy", "none");
+            command.envs(environment.master_of_machines().variables());
             Place::untell(&mut command);
             let program = command.arg(&job.program);
             program.arg("rank").arg("--").args(arguments);
@@ -376,6 +377,7 @@ fn commands(
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::ffi::OsStr;
 
     use super::*;
 
@@ -463,17 +465,35 @@ mod tests {
     }
 
     #[test]
-    fn ranks_with_a_gpu_each_are_told_which_and_where_to_meet() {
-        let job = Job {
+    fn ranks_under_mpirun_are_told_where_the_first_is() {
+        let environment = Environment::new([("SLURMD_NODENAME".into(), "node3".into())]);
+        let job = job(TransportKind::Mpi);
+        let [(None, mpirun)] = &commands(&job, 2, &["compare".into()], &environment)[..] else {
+            panic!("one mpirun");
+        };
+        let told: BTreeMap<_, _> = mpirun.get_envs().collect();
+        let address = told[OsStr::new("MASTER_ADDR")].unwrap();
+        assert_eq!(address, "node3");
+        assert!(told[OsStr::new("MASTER_PORT")].is_some());
+        assert!(told[OsStr::new("RANK")].is_none());
+    }
+
+    fn job(transport: TransportKind) -> Job {
+        Job {
             program: "dsp".into(),
             arguments: vec![],
             ranks: 2,
-            transport: TransportKind::Nccl,
+            transport,
             mpirun: vec![],
             grace: Duration::ZERO,
             restarts: 0,
             fewer: 0,
-        };
+        }
+    }
+
+    #[test]
+    fn ranks_with_a_gpu_each_are_told_which_and_where_to_meet() {
+        let job = job(TransportKind::Nccl);
         let environment = Environment::new([("MASTER_PORT".into(), "1234".into())]);
         let started = commands(&job, 2, &["compare".into()], &environment);
         let told: Vec<_> = (started.iter())
