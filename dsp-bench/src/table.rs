@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use comfy_table::{
-    Cell, CellAlignment, ContentArrangement, ContentLineStyle, LineStyle, Table, TableStyle,
+    Cell, CellAlignment, ColumnConstraint, ContentArrangement, ContentLineStyle, LineStyle, Table,
+    TableStyle, Width,
 };
 
 use crate::record::{
@@ -157,6 +158,12 @@ fn cost_table(comparison: &Comparison) -> Table {
         &mut table,
         &[1, 2, 3, 4, 5, 6, HIDDEN, last - 4, last - 3, last - 1],
     );
+    // Names of strategies and of collectives are not broken.
+    for (column, width) in [(0, 12), (last, 18)] {
+        if let Some(column) = table.column_mut(column) {
+            column.set_constraint(ColumnConstraint::LowerBoundary(Width::Fixed(width)));
+        }
+    }
     for row in &comparison.rows {
         let mut cells = named(row);
         match &row.outcome {
@@ -198,8 +205,8 @@ fn cost(row: &Row, measured: &Measured, unit: Unit) -> Vec<Cell> {
         unit.show(time.median_seconds) + shared,
         format!(
             "{}–{}",
-            unit.show(time.min_seconds),
-            unit.show(time.max_seconds)
+            unit.round(time.min_seconds),
+            unit.round(time.max_seconds)
         ),
         unit.show(mean.compute_seconds),
         unit.show(mean.communication_seconds),
@@ -247,9 +254,18 @@ impl Unit {
         }
     }
 
+    /// Of a range, where there is little room.
+    fn round(self, seconds: f64) -> String {
+        match self {
+            Self::Milliseconds if seconds >= 0.00995 => format!("{:.0}", seconds * 1e3),
+            _ => self.show(seconds),
+        }
+    }
+
     fn show(self, seconds: f64) -> String {
         match self {
             Self::Seconds => format!("{seconds:.2}"),
+            Self::Milliseconds if seconds >= 0.09995 => format!("{:.0}", seconds * 1e3),
             Self::Milliseconds => format!("{:.1}", seconds * 1e3),
         }
     }
@@ -332,7 +348,7 @@ fn footnotes(comparison: &Comparison) -> Vec<String> {
     notes.iter().map(|note| wrap(note)).collect()
 }
 
-/// `4 all-to-all, 1 all-reduce`, forward and backward together; `none`.
+/// `4 all-to-all` and `1 all-reduce`, a line each, forward and backward together; `none`.
 fn collectives(counts: &[CollectiveCount]) -> String {
     if counts.is_empty() {
         return "none".to_owned();
@@ -341,7 +357,7 @@ fn collectives(counts: &[CollectiveCount]) -> String {
         .iter()
         .map(|count| format!("{} {}", count.forward + count.backward, count.kind))
         .collect();
-    each.join(", ")
+    each.join("\n")
 }
 
 fn difference(difference: Option<&Difference>) -> String {
@@ -443,7 +459,7 @@ mod tests {
             "5.43* ",
             "18.9 MB     7.0 MB  yes",
             "14.2 MB    21.0 MB  yes",
-            "4 all-to-all,",
+            "4 all-to-all",
             "NOT EQUAL, not timed",
             "USP on 3 ranks refused: 3 ranks are no mesh",
             "LSS on 4 ranks FAILED: rank 1 panicked",
