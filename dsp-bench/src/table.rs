@@ -457,8 +457,8 @@ mod tests {
         for expected in [
             "5.11  4.96–5.31",
             "5.43* ",
-            "18.9 MB     7.0 MB  yes",
-            "14.2 MB    21.0 MB  yes",
+            "18.9 MB    7.0 MB  yes",
+            "14.2 MB   21.0 MB  yes",
             "4 all-to-all",
             "NOT EQUAL, not timed",
             "USP on 3 ranks refused: 3 ranks are no mesh",

@@ -589,9 +589,15 @@ impl<'a> StageRun<'a> {
         let scope = self.scope();
         let _span = tracing::info_span!("attend", stage = %scope.stage.name).entered();
         let attention = self.self_attention()?;
-        let laid_out = |x| Self::expect("attend", &scope.plan.inner, x);
+        let inner = &scope.plan.inner;
+        let laid_out = |x| Self::expect("attend", inner, x);
+        // Keys of another length than the queries are not planned: the strategy sees whether it takes them.
+        let of_keys = |x: Shard| match x.layout().lengths() == inner.lengths() {
+            true => laid_out(x),
+            false => Ok(x),
+        };
         let [query, key, value] = qkv;
-        let qkv = [laid_out(query)?, laid_out(key)?, laid_out(value)?];
+        let qkv = [laid_out(query)?, of_keys(key)?, of_keys(value)?];
         let heads = self.held_heads(attention.heads);
         let channels = qkv.each_ref().map(|x| x.tensor().dims()[4]);
         attention::check_heads(channels, &heads, attention.heads.dim)?;
