@@ -101,10 +101,8 @@ impl Progress {
             }
             Shown::Lines(lines) => with(lines, |lines| {
                 (lines.steps, lines.done) = (rounds * cases, 0);
-                let times = if rounds == 1 { "once" } else { "in turn" };
-                let rounds = plural(rounds, "round");
-                let cases = plural(cases, "case");
-                lines.say(&format!("{cases}, timed {times}: {rounds}"));
+                let (cases, rounds) = (plural(cases, "case"), plural(rounds, "round"));
+                lines.say(&format!("{cases} to be timed in {rounds}"));
             }),
         }
     }
@@ -124,17 +122,6 @@ impl Progress {
                 let run = run(strategy, ranks, round);
                 lines.step(&format!("{run}: {}", seconds(taken)));
             }),
-        }
-    }
-
-    /// A line that stays, above the bar.
-    pub fn note(&self, line: &str) {
-        match &self.shown {
-            Shown::Bar(bar) => bar.suspend(|| {
-                // A closed stderr does not end a comparison.
-                let _ = writeln!(std::io::stderr(), "{line}");
-            }),
-            Shown::Lines(lines) => with(lines, |lines| lines.say(line)),
         }
     }
 
@@ -210,7 +197,6 @@ pub(crate) mod tests {
         progress.check("serial", 1);
         progress.checked("equal to serial");
         progress.check("ulysses", 4);
-        progress.note("heads: 2 for 4 ranks");
         progress.checked("refused");
         progress.rounds(2, 1);
         progress.time("serial", 1, 1);
@@ -221,10 +207,9 @@ pub(crate) mod tests {
         assert_eq!(lines[0], "[1/2] serial on 1 rank: equality with serial");
         assert!(lines[1].contains("equal to serial (after"), "{text}");
         assert_eq!(lines[2], "[2/2] ulysses on 4 ranks: equality with serial");
-        assert_eq!(lines[3], "heads: 2 for 4 ranks");
-        assert!(lines[4].contains("refused"), "{text}");
-        assert_eq!(lines[5], "1 case, timed in turn: 2 rounds");
-        assert_eq!(lines[6], "[1/2] serial on 1 rank, round 2: 8.10 s");
-        assert_eq!(lines.len(), 7);
+        assert!(lines[3].contains("refused"), "{text}");
+        assert_eq!(lines[4], "1 case to be timed in 2 rounds");
+        assert_eq!(lines[5], "[1/2] serial on 1 rank, round 2: 8.10 s");
+        assert_eq!(lines.len(), 6);
     }
 }

@@ -144,7 +144,8 @@ impl Launch {
         }
     }
 
-    /// What the ranks are.
+    /// What the ranks are. Keep an engine of processes until a launch's outcome has been told of: dropped for the last time,
+    /// it waits for the other processes, and ends the job where one is gone.
     #[must_use]
     pub fn on(mut self, engine: &Engine) -> Self {
         self.engine = engine.clone();

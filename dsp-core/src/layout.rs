@@ -366,15 +366,6 @@ impl Layout {
         matches!(self.axis(axis), AxisLayout::Split { .. })
     }
 
-    /// The axes that are split.
-    pub fn split_axes(&self) -> AxisSet {
-        let split: Vec<_> = SeqAxis::ALL
-            .into_iter()
-            .filter(|&axis| self.is_split(axis))
-            .collect();
-        AxisSet::of(&split)
-    }
-
     /// The axis that is split and its partition, the first if there are several.
     pub fn split_axis(&self) -> Option<(SeqAxis, &Partition)> {
         SeqAxis::ALL

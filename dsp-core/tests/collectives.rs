@@ -498,7 +498,7 @@ enum Path {
 }
 
 fn path(from: &Layout, to: &Layout, ranks: usize) -> Path {
-    let whole = |layout: &Layout| layout.split_axes().iter().next().is_none();
+    let whole = |layout: &Layout| layout.split_axis().is_none();
     if from == to {
         return Path::Nothing;
     }

@@ -112,6 +112,18 @@ impl Toy {
     }
 }
 
+/// A session of a model that says nothing of its stages.
+fn toy_session(group: Group) -> Result<Session, PlanError> {
+    let model = ModelShape {
+        batch: 1,
+        lengths: vec![5],
+        hidden: 2,
+        stages: vec![],
+        output: OutputLayout::Free,
+    };
+    Session::new(Arc::new(Cutting), group, model)
+}
+
 /// All gradients of a module, in its order.
 fn all(placed: &Placed<Toy>, gradients: &GradientsParams) -> Vec<Option<Vec<u64>>> {
     let toy = &placed.module;
@@ -162,14 +174,7 @@ impl Case {
     fn run(&self, world: &Group, toy: &Toy) -> Result<[u64; 2], Error> {
         let along = |stride, size| world.along(MeshAxis { stride, size });
         let group = along(1, self.ranks)?;
-        let model = ModelShape {
-            batch: 1,
-            lengths: vec![5],
-            hidden: 2,
-            stages: vec![],
-            output: OutputLayout::Free,
-        };
-        let mut session = Session::new(Arc::new(Cutting), group, model)?;
+        let mut session = toy_session(group)?;
         if self.replicas > 1 {
             session = session.with_replicas(along(self.ranks, self.replicas)?);
         }
@@ -234,14 +239,7 @@ proptest! {
 fn a_rank_that_fails_in_its_backward_pass_ends_those_that_wait_for_its_gradients() {
     let toy = Arc::new(Toy::new(DType::F64));
     let error = launch(3, move |group| -> Result<(), Error> {
-        let model = ModelShape {
-            batch: 1,
-            lengths: vec![5],
-            hidden: 2,
-            stages: vec![],
-            output: OutputLayout::Free,
-        };
-        let session = Session::new(Arc::new(Cutting), group.clone(), model)?;
+        let session = toy_session(group.clone())?;
         let placed = session.place(&*toy, Toy::role, &device(DType::F64).autodiff());
         let overlap = Overlap::new(&session, NonZeroUsize::MIN)?;
         let (module, reduction) = overlap.begin(&placed, GradientsParams::new());
@@ -268,14 +266,7 @@ fn a_module_that_comes_through_two_backward_passes_ends_the_ranks() {
     for bucket in [1, 1000] {
         let toy = toy.clone();
         let error = launch(2, move |group| -> Result<(), Error> {
-            let model = ModelShape {
-                batch: 1,
-                lengths: vec![5],
-                hidden: 2,
-                stages: vec![],
-                output: OutputLayout::Free,
-            };
-            let session = Session::new(Arc::new(Cutting), group.clone(), model)?;
+            let session = toy_session(group)?;
             let placed = session.place(&*toy, Toy::role, &device(DType::F64).autodiff());
             let overlap = Overlap::new(&session, NonZeroUsize::new(bucket).unwrap())?;
             let (module, reduction) = overlap.begin(&placed, GradientsParams::new());

@@ -9,12 +9,13 @@ use crate::record::{CollectiveCount, RankSeconds, RankTraffic, Sent, Timing, Tra
 
 /// How long the runs of a case took, each of which all ranks made; `None` without any.
 pub(super) fn timing(runs: &[Vec<RankRun>]) -> Option<Timing> {
-    // A run takes as long as its slowest rank.
-    let each = runs.iter().map(|ranks| {
-        let slowest = ranks.iter().map(|rank| rank.seconds).fold(0.0, f64::max);
-        (slowest, ranks.iter().map(spent).collect())
-    });
+    let each = (runs.iter()).map(|ranks| (slowest(ranks), ranks.iter().map(spent).collect()));
     Timing::of(each.collect())
+}
+
+/// A run takes as long as its slowest rank.
+pub(super) fn slowest(ranks: &[RankRun]) -> f64 {
+    ranks.iter().map(|rank| rank.seconds).fold(0.0, f64::max)
 }
 
 /// How a rank spent a run.

@@ -83,8 +83,7 @@ pub struct Comparer {
     devices: Devices,
 }
 
-/// A run that takes longer needs no other before it: what the first run of a launch pays for (threads, caches, a GPU's
-/// memory) is milliseconds.
+/// A run on the processor that takes longer needs no other before it (benchmarks/RESULTS.md).
 const LONG_SECONDS: f64 = 1.0;
 
 impl Comparer {
@@ -156,8 +155,8 @@ impl Comparer {
         let mut comparison = Comparison::begin(self.scenario.clone(), &self.devices, &self.engine);
         let mut states = self.check(progress)?;
         let rounds = self.rounds(started.elapsed())?;
-        let equal = states.iter().filter(|state| state.equal().is_some());
-        progress.rounds(rounds, equal.count());
+        let equal = |state: &&State| matches!(state, State::Equal(_));
+        progress.rounds(rounds, states.iter().filter(equal).count());
         for round in 0..rounds {
             self.round(round, &mut states, progress, meter)?;
         }
@@ -215,10 +214,12 @@ impl Comparer {
         if !equality.holds() {
             return Ok(State::Ended(Outcome::Unequal { equality }));
         }
+        // On a GPU this run may have waited for its kernels to be compiled, and says nothing of the next.
+        let is_long = seconds >= LONG_SECONDS && self.devices.gpus(&self.engine).is_none();
         Ok(State::Equal(Box::new(Equal {
             equality,
             steps,
-            warm_ups: usize::from(seconds < LONG_SECONDS),
+            warm_ups: usize::from(!is_long),
             runs: Vec::new(),
             memory: Memory::default(),
         })))
@@ -275,7 +276,7 @@ impl Comparer {
             .run_shared(move |group| steps.timed(group, round, warm_ups));
         let peak_bytes = meter.peak();
         let ran: Vec<RankRun> = ran.map_err(Stop::failed)?;
-        let seconds = ran.iter().map(|rank| rank.seconds).fold(0.0, f64::max);
+        let seconds = measure::slowest(&ran);
         equal.runs.push(ran);
         if peak_bytes > equal.memory.peak_bytes {
             equal.memory = Memory {
@@ -371,13 +372,6 @@ struct Equal {
 }
 
 impl State {
-    fn equal(&self) -> Option<&Equal> {
-        match self {
-            Self::Equal(equal) => Some(equal),
-            Self::Ended(_) => None,
-        }
-    }
-
     /// In a few words.
     fn verdict(&self) -> &'static str {
         match self {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::devices::Devices;
 use crate::record::{Difference, Equality};
 use crate::scenario::Passes;
-use crate::subject::{Gradients, OnRank, Pass, Subject, SubjectError};
+use crate::subject::{Gradients, OnRank, Pass, Run, StepGradients, Subject, SubjectError};
 
 /// What the ranks of a case run, and how.
 #[derive(Clone)]
@@ -52,12 +52,7 @@ impl Steps {
         let (session, pass) = self.session(group)?;
         let subject = self.subject.on_rank(&session, pass.clone())?;
         let start = Instant::now();
-        let run = subject.forward()?;
-        let gradients = match self.passes {
-            Passes::Forward => None,
-            Passes::ForwardBackward => Some(subject.backward(&run)?),
-        };
-        finish(&pass.device)?;
+        let (run, gradients) = self.pass(&*subject, &pass.device)?;
         let seconds = start.elapsed().as_secs_f64();
         let output = subject.output(&run)?;
         let gradients = gradients.map(|gradients| subject.whole(gradients));
@@ -88,7 +83,7 @@ impl Steps {
         let (model, strategy) = (self.model, self.strategy.name());
         let _span = tracing::info_span!("step", model, strategy, round).entered();
         let start = Instant::now();
-        self.pass(&*subject, &pass.device)?;
+        drop(self.pass(&*subject, &pass.device)?);
         let seconds = start.elapsed().as_secs_f64();
         let reading = session.group().ledger().take();
 
@@ -117,12 +112,18 @@ impl Steps {
         Ok((session, pass))
     }
 
-    fn pass(&self, subject: &dyn OnRank, device: &Device) -> Result<(), SubjectError> {
+    fn pass(
+        &self,
+        subject: &dyn OnRank,
+        device: &Device,
+    ) -> Result<(Run, Option<StepGradients>), SubjectError> {
         let run = subject.forward()?;
-        if self.passes == Passes::ForwardBackward {
-            subject.backward(&run)?;
-        }
-        finish(device)
+        let gradients = match self.passes {
+            Passes::Forward => None,
+            Passes::ForwardBackward => Some(subject.backward(&run)?),
+        };
+        finish(device)?;
+        Ok((run, gradients))
     }
 }
 

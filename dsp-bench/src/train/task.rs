@@ -150,3 +150,31 @@ impl Stage<'_> {
         self.session.group().rank() == 0 && replica == 0
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::Arc;
+
+    use burn::tensor::DType;
+    use dsp_core::Group;
+
+    use super::*;
+
+    /// That the held-out error of a model which says the first baseline is that baseline's, in passes of bfloat16.
+    pub(in crate::train) fn assert_first_baseline<T: Task>(task: &T, module: &T::Module) {
+        let samples = task.held_out();
+        let serial = Arc::new(dsp_strategies::Serial);
+        let session = Session::new(serial, Group::alone(), task.shape(samples)).unwrap();
+        let place = Place {
+            device: Device::flex(),
+            dtype: DType::BF16,
+        };
+        let samples = Samples::HeldOut(0..samples);
+        let found = task.error(module, &samples, &place, &session).unwrap();
+        let expected = task.baselines().unwrap()[0].error;
+        assert!(
+            (found - expected).abs() < 2e-6 * expected,
+            "{found} instead of {expected}"
+        );
+    }
+}

@@ -261,15 +261,13 @@ impl Task for Velocity {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use burn::tensor::DType;
-    use dsp_core::Group;
     use dsp_models::weights::cast;
 
     use super::*;
     use crate::scenario::{ModelKind, ModelSizes};
     use crate::train::RunConfig;
+    use crate::train::task::tests::assert_first_baseline;
 
     #[test]
     fn a_velocity_of_zero_has_the_error_that_is_to_be_beaten_in_passes_of_bfloat16_too() {
@@ -291,19 +289,6 @@ mod tests {
         let last = &mut module.final_layer.linear;
         last.weight = last.weight.clone().map(|weight| weight.zeros_like());
         last.bias = (last.bias.take()).map(|bias| bias.map(|bias| bias.zeros_like()));
-        let samples = task.held_out();
-        let serial = Arc::new(dsp_strategies::Serial);
-        let session = Session::new(serial, Group::alone(), task.shape(samples)).unwrap();
-        let place = Place {
-            device: Device::flex(),
-            dtype: DType::BF16,
-        };
-        let samples = Samples::HeldOut(0..samples);
-        let found = task.error(&module, &samples, &place, &session).unwrap();
-        let expected = task.baselines().unwrap()[0].error;
-        assert!(
-            (found - expected).abs() < 2e-6 * expected,
-            "{found} instead of {expected}"
-        );
+        assert_first_baseline(&task, &module);
     }
 }

@@ -312,15 +312,13 @@ impl Task for NextFields {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use burn::tensor::DType;
-    use dsp_core::Group;
     use dsp_models::weights::cast;
 
     use super::*;
     use crate::scenario::{ModelKind, ModelSizes};
     use crate::train::RunConfig;
+    use crate::train::task::tests::assert_first_baseline;
 
     #[test]
     fn the_climatology_has_the_error_that_is_to_be_beaten_in_passes_of_bfloat16_too() {
@@ -333,19 +331,6 @@ mod tests {
         let task = NextFields::new(&sizes, None).unwrap();
         // Its first forecast is that.
         let module = cast(task.template(1).unwrap(), DType::BF16);
-        let samples = task.held_out();
-        let serial = Arc::new(dsp_strategies::Serial);
-        let session = Session::new(serial, Group::alone(), task.shape(samples)).unwrap();
-        let place = Place {
-            device: Device::flex(),
-            dtype: DType::BF16,
-        };
-        let samples = Samples::HeldOut(0..samples);
-        let found = task.error(&module, &samples, &place, &session).unwrap();
-        let expected = task.baselines().unwrap()[0].error;
-        assert!(
-            (found - expected).abs() < 2e-6 * expected,
-            "{found} instead of {expected}"
-        );
+        assert_first_baseline(&task, &module);
     }
 }

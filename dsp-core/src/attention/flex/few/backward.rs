@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use super::super::backward::{Backward, dot, known_lse, scale};
 use super::super::rows::NewRows;
 use super::super::visible::Visible;
-use super::super::{Head, numbers, pack, shared_out};
-use super::{BURST, ROW, counted, hide, side_by_side};
+use super::super::{Head, pack, shared_out};
+use super::{BURST, ROW, counted, hide, see, side_by_side};
 use crate::attention::Mask;
 use crate::simd::{Ahead, Left, Run, Store, exp2, multiply};
 
@@ -156,19 +156,9 @@ impl WithSimd for Part<'_> {
             ahead,
         } = scratch;
         let mut keys = all_keys;
-        // The heads of a part are one sample's, so that their queries see the same.
         let masked = problem.mask != Mask::Full;
-        if let (true, Some(head)) = (masked, heads.first()) {
-            let positions = numbers(&problem.query_positions, all_queries.start);
-            let positions = positions.take(all_queries.len());
-            visible.find(
-                &problem.mask,
-                head.sample,
-                positions,
-                &problem.key_positions,
-            );
-            // Keys after the last that is seen are padding, of any values: none is looked at.
-            keys = visible.hull(0..all_queries.len(), &(0..keys)).end;
+        if masked {
+            keys = see(visible, problem, heads, all_queries.clone(), keys);
         }
         dk.resize(keys * q_row, 0.0);
         dv.resize(keys * v_row, 0.0);

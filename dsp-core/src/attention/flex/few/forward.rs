@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use super::super::backward::scale;
 use super::super::forward::Forward;
 use super::super::visible::Visible;
-use super::super::{Head, numbers, pack, shared_out};
-use super::{BURST, ROW, counted, hide, side_by_side};
+use super::super::{Head, pack, shared_out};
+use super::{BURST, ROW, counted, hide, see, side_by_side};
 use crate::attention::Mask;
 use crate::simd::{Ahead, Left, Run, Store, exp2, multiply};
 
@@ -140,19 +140,9 @@ impl WithSimd for Part<'_> {
             sums,
             ahead,
         } = scratch;
-        // The heads of a part are one sample's, so that their queries see the same.
         let masked = problem.mask != Mask::Full;
-        if let (true, Some(head)) = (masked, heads.first()) {
-            let positions = numbers(&problem.query_positions, all_queries.start);
-            let positions = positions.take(all_queries.len());
-            visible.find(
-                &problem.mask,
-                head.sample,
-                positions,
-                &problem.key_positions,
-            );
-            // Keys after the last that is seen are padding, of any values: none is looked at.
-            keys = visible.hull(0..all_queries.len(), &(0..keys)).end;
+        if masked {
+            keys = see(visible, problem, heads, all_queries.clone(), keys);
         }
         for head in heads {
             let (group, sample) = (head.query.len(), head.sample);

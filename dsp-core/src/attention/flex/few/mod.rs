@@ -20,8 +20,8 @@ mod forward;
 
 use std::ops::Range;
 
-use super::Head;
 use super::visible::Visible;
+use super::{Head, numbers};
 use crate::attention::Dropout;
 use crate::attention::softmax::Problem;
 use crate::simd::Ahead;
@@ -66,6 +66,21 @@ fn side_by_side(heads: &[Head]) -> (usize, Range<usize>, Range<usize>) {
         ),
         _ => (0, 0..0, 0..0),
     }
+}
+
+/// Finds what the queries of a part see, once for all of its heads, which are one sample's. Returns how many keys there are
+/// to look at: those after the last that is seen are padding, of any values.
+fn see(
+    visible: &mut Visible,
+    problem: &Problem,
+    heads: &[Head],
+    queries: Range<usize>,
+    keys: usize,
+) -> usize {
+    let (count, (sample, ..)) = (queries.len(), side_by_side(heads));
+    let positions = numbers(&problem.query_positions, queries.start).take(count);
+    visible.find(&problem.mask, sample, positions, &problem.key_positions);
+    visible.hull(0..count, &(0..keys)).end
 }
 
 /// What a row that is packed or written is worth beside multiply-adds, in what is asked for ahead.
